@@ -1,0 +1,73 @@
+"""Every error a user can cause or meet, as one tree.
+
+::
+
+    SlimscopeError                  base: one clear sentence; the CLI prints it, the page shows it as a card
+    ├── BadInput                    the user's value is wrong: says what was given, what is allowed, what to do
+    │   ├── UnknownMethod           no method of that id
+    │   └── BadSettings             settings out of bounds or unknown
+    ├── CannotOpen                  a model that cannot be opened: missing, corrupt, unknown, offline
+    │   └── AnatomyMismatch         opened, but an identity of its anatomy fails: names module and check
+    ├── CannotCompress              a method that does not apply to this model with these settings
+    ├── ProofFailed                 the artifact did not reload to the model that was saved
+    ├── CannotMeasure               a measurement that would be meaningless: says why
+    ├── CatalogError                catalog unreachable, newer than this code, or corrupt
+    ├── WorkerDied                  a child process died: exit code, last log lines
+    │   └── OutOfMemory             killed for memory, or an allocator said so
+    └── Cancelled                   the user asked to stop; not a failure
+
+``ValueError`` is for the caller's input, ``assert`` for our own bugs. A message never blames, and always
+ends with the next move.
+"""
+
+
+class SlimscopeError(Exception):
+    """Base of every error that is shown to a user as one sentence."""
+
+
+class BadInput(SlimscopeError, ValueError):
+    """A value that is not allowed; the message names the value, the choices and the next move."""
+
+
+class UnknownMethod(BadInput):
+    """No method with that id and kind is registered."""
+
+
+class BadSettings(BadInput):
+    """Settings that are unknown, of the wrong type or out of bounds."""
+
+
+class CannotOpen(SlimscopeError):
+    """A model source that is missing, corrupt, unsupported, or out of reach offline."""
+
+
+class AnatomyMismatch(CannotOpen):
+    """The model loads, but one of the anatomy's identities fails; names the module and the check."""
+
+
+class CannotCompress(SlimscopeError, ValueError):
+    """A compression step that does not apply to this model with these settings."""
+
+
+class ProofFailed(SlimscopeError):
+    """The saved artifact, reloaded in a fresh process, is not the model that was saved."""
+
+
+class CannotMeasure(SlimscopeError):
+    """A measurement whose number would mean nothing; says why."""
+
+
+class CatalogError(SlimscopeError):
+    """The catalog cannot be reached, is newer than this code, or is damaged."""
+
+
+class WorkerDied(SlimscopeError):
+    """A child process ended without an answer; carries its exit code and last words."""
+
+
+class OutOfMemory(WorkerDied):
+    """A child process was killed for memory."""
+
+
+class Cancelled(SlimscopeError):
+    """The user asked for the work to stop."""

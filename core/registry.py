@@ -1,0 +1,142 @@
+"""One registry for every probe, compressor, evaluation and profile: a decorated function plus typed settings.
+
+A method is one file in ``core/probes``, ``core/compress``, ``core/evaluate`` or ``core/profile``; its name is
+the method's id. From the decorated function come the page's form, its deep link, the CLI's flags, the recipe's
+schema and the docs' row. Files whose name starts with ``_`` are shared parts of their folder, not methods.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from core.errors import BadSettings, UnknownMethod
+
+Kind = Literal["probe", "compress", "evaluate", "profile"]
+Need = Literal["decoder", "encoder", "vision", "text", "moe", "calibration", "cuda"]
+PACKAGES: dict[Kind, str] = {
+    "probe": "core.probes",
+    "compress": "core.compress",
+    "evaluate": "core.evaluate",
+    "profile": "core.profile.runtimes",
+}
+
+
+class Settings(BaseModel):
+    """Base of every method's settings: immutable, no unknown keys, every field described with its unit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One registered method and everything that is derived from its file."""
+
+    id: str
+    kind: Kind
+    title: str
+    summary: str
+    explanation: str
+    settings: type[Settings]
+    needs: frozenset[Need]
+    paper: str
+    run: Callable[..., Any]
+
+    def parse(self, values: dict[str, Any]) -> Settings:
+        """Validate settings; raises ``BadSettings`` naming each wrong field, its value and what is allowed."""
+        try:
+            return self.settings.model_validate(values)
+        except ValidationError as error:
+            raise BadSettings(f"{self.id}: {_sentence(error, self.settings)}") from None
+
+    def describe(self) -> dict[str, Any]:
+        """The method as plain data: what ``slimscope methods --json`` prints."""
+        return {
+            "id": self.id,
+            "kind": self.kind,
+            "title": self.title,
+            "summary": self.summary,
+            "needs": sorted(self.needs),
+            "paper": self.paper,
+            "settings": self.settings.model_json_schema(),
+        }
+
+
+_METHODS: dict[tuple[Kind, str], Method] = {}
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def method(kind: Kind, *, title: str, needs: Iterable[Need] = (), paper: str = "") -> Callable[[F], F]:
+    """Register the decorated function under its file's name; its last parameter is ``settings``.
+
+    The docstring's first line is the summary, the whole of it the page's "What am I looking at?".
+    """
+    unknown = set(needs) - set(get_args(Need))
+    if unknown:
+        raise ValueError(f"needs {sorted(unknown)} are not among {get_args(Need)}")
+
+    def register(run: F) -> F:
+        id_ = run.__module__.rsplit(".", 1)[-1]
+        *_, last = inspect.signature(run).parameters.values()
+        assert last.name == "settings", (
+            f"{run.__module__}: the last parameter must be `settings`, not {last.name!r}"
+        )
+        settings = inspect.get_annotations(run, eval_str=False)["settings"]
+        if isinstance(settings, str):
+            settings = run.__globals__[settings]
+        known = _METHODS.get((kind, id_))
+        if known is not None and known.run.__module__ != run.__module__:
+            raise ValueError(
+                f"two {kind} methods are called {id_!r}: {known.run.__module__} and {run.__module__}"
+            )
+        text = inspect.getdoc(run)
+        assert text, f"{run.__module__}: a method needs a docstring; its first line is the summary"
+        _METHODS[kind, id_] = Method(
+            id_, kind, title, text.splitlines()[0], text, settings, frozenset(needs), paper, run
+        )
+        return run
+
+    return register
+
+
+@cache
+def _discover() -> None:
+    for package in PACKAGES.values():
+        folder = importlib.import_module(package)
+        for module in pkgutil.iter_modules(folder.__path__, package + "."):
+            if not module.name.rsplit(".", 1)[-1].startswith("_"):
+                importlib.import_module(module.name)
+
+
+def methods(kind: Kind) -> dict[str, Method]:
+    """Every method of a kind by id, in alphabetical order."""
+    _discover()
+    return {id_: m for (k, id_), m in sorted(_METHODS.items()) if k == kind}
+
+
+def get(kind: Kind, id_: str) -> Method:
+    """One method; raises ``UnknownMethod`` listing the known ids."""
+    known = methods(kind)
+    if id_ not in known:
+        raise UnknownMethod(f"no {kind} method is called {id_!r}; there are: {', '.join(known)}")
+    return known[id_]
+
+
+def _sentence(error: ValidationError, settings: type[Settings]) -> str:
+    """Turn pydantic's report into one line a user can act on."""
+    parts = []
+    for problem in error.errors():
+        name = ".".join(map(str, problem["loc"])) or "settings"
+        if problem["type"] == "extra_forbidden":
+            parts.append(f"unknown setting {name!r}; there are: {', '.join(settings.model_fields)}")
+        else:
+            said = problem["msg"].removeprefix("Value error, ")
+            parts.append(f"{name} = {problem['input']!r}: {said[0].lower()}{said[1:]}")
+    return "; ".join(parts)
