@@ -1,0 +1,1 @@
+"""The engine: opens, inspects, compresses, proves, evaluates and profiles models. Never draws."""

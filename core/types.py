@@ -31,7 +31,8 @@ Family = Literal["decoder", "encoder", "vision"]
 class Progress(Protocol):
     """Told how far a long piece of work is; may raise ``Cancelled``, which is how a job is stopped gently."""
 
-    def __call__(self, done: float, total: float, message: str) -> None: ...
+    def __call__(self, done: float, total: float, message: str) -> None:
+        """Report ``done`` of ``total`` (any unit) and what is being done now."""
 
 
 def silent(done: float, total: float, message: str) -> None:
@@ -186,6 +187,10 @@ class Provenance:
     dtype: str = ""
     device: str = ""
     attention_kernel: str = ""
+    protocol: str = ""
+    """Name, version and hash of the measuring protocol, where there is one."""
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    """Everything else the numbers depend on: threads, window, prompt length, environment hash …"""
     seconds: float = 0.0
     exactness_gap: float | None = None
     """How far an identity with a known answer is missed on this very run; 0 is exact, None is not checked."""
@@ -202,6 +207,8 @@ class Result:
     provenance: Provenance = field(default_factory=Provenance)
     notes: tuple[str, ...] = ()
     """Plain sentences a reader must know to read the numbers right."""
+    flags: tuple[str, ...] = ()
+    """Why the numbers must be read with care, e.g. ``contention``; a flagged run is kept and marked."""
 
     def __post_init__(self) -> None:
         for view in self.views:

@@ -1,0 +1,1 @@
+"""Quality of a variant against its base; one file per protocol."""

@@ -1,0 +1,1 @@
+"""The job queue, its supervisor and its workers."""

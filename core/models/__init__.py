@@ -1,0 +1,1 @@
+"""Opening a model, knowing its anatomy, and counting its bytes."""

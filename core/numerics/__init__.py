@@ -1,0 +1,1 @@
+"""Number formats and their packing, in plain torch; knows nothing of models."""

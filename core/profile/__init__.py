@@ -1,0 +1,1 @@
+"""Measuring speed and memory of artifacts, under a stated protocol."""
