@@ -1,0 +1,59 @@
+# Everything lives in .venv; each target sets up what it needs and is quick the second time.
+PYTHON    ?= python3
+PIP_FLAGS ?=
+PORT      ?= 8501
+VENV      := .venv
+BIN       := $(VENV)/bin
+PIP       := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
+
+.PHONY: run setup test check bench docs chromium clean
+.DEFAULT_GOAL := run
+
+run: setup                     ## open the dashboard on 127.0.0.1:$(PORT)
+	$(BIN)/slimscope ui --port $(PORT)
+
+setup: $(VENV)/.installed      ## environment, demo models, prepared cache
+
+test: $(VENV)/.installed-dev chromium ## lint, types and every test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.installed-dev  ## the quick half of `make test`: lint, types, tests under ~10 s each
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m "not slow and not browser"
+
+bench: setup                   ## one table per benchmark; ratios in one run
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+docs: $(VENV)/.installed-dev   ## rewrite the method table in README.md from the registry
+	$(BIN)/python scripts/method_table.py
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, this is {v.major}.{v.minor}; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --upgrade pip
+
+# torch goes first and by exact pin: a looser requirement of another package would fetch a CUDA build.
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt requirements-demo.txt
+	$(PIP) torch==2.13.0
+	$(PIP) --constraint constraints.txt --editable .
+	$(PIP) --no-deps --require-hashes --requirement requirements-demo.txt
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+# Browser tests drive Debian's Chromium; without it they are skipped and say so.
+chromium:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || test -n "$$CHROMIUM" || \
+	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y chromium >/dev/null; \
+	else echo "No Chromium found: browser tests will be skipped. Install it (sudo apt-get install chromium) or set CHROMIUM=/path/to/chromium."; fi
+
+clean:                         ## remove the environment and caches, never the catalog
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

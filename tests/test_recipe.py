@@ -1,0 +1,61 @@
+"""A recipe is one JSON: in the page, on the command line, in a file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from core.errors import BadInput, BadSettings, UnknownMethod
+from core.recipe import Recipe
+
+
+def test_defaults_are_written_out_so_that_a_later_default_changes_nothing():
+    recipe = Recipe.of("rtn", bits=4)
+    settings = json.loads(recipe.canonical())["steps"][0]["settings"]
+    assert settings["bits"] == 4
+    assert set(settings) == set(recipe.steps[0].parsed().model_dump())
+
+
+def test_canonical_json_round_trips_to_the_same_id():
+    recipe = Recipe.of("rtn", bits=8, group_size="channel")
+    again = Recipe.parse(json.loads(recipe.canonical()))
+    assert again == recipe
+    assert again.variant_id("base") == recipe.variant_id("base")
+
+
+def test_id_depends_on_recipe_and_on_base():
+    recipe = Recipe.of("rtn", bits=4)
+    assert recipe.variant_id("a") != recipe.variant_id("b")
+    assert recipe.variant_id("a") != Recipe.of("rtn", bits=3).variant_id("a")
+
+
+def test_key_order_and_spaces_do_not_matter(tmp_path):
+    file = tmp_path / "recipe.json"
+    file.write_text('{ "steps": [ {"settings": {"group_size": "32", "bits": 4}, "method": "rtn"} ] }')
+    assert Recipe.read(file).hash == Recipe.of("rtn", bits=4, group_size="32").hash
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "words"),
+    [
+        ({"steps": []}, BadInput, "steps"),
+        ({"steps": [{"method": "rtm"}]}, UnknownMethod, "there are:"),
+        ({"steps": [{"method": "rtn", "settings": {"bits": 5}}]}, BadSettings, "bits"),
+        ({"steps": [{"method": "rtn", "settings": {"bit": 4}}]}, BadSettings, "unknown setting 'bit'"),
+        ({"steps": [{"method": "rtn"}], "schema_version": 99}, BadInput, "99"),
+        ([], BadInput, "a recipe looks like"),
+    ],
+)
+def test_a_wrong_recipe_says_what_is_wrong_and_what_is_allowed(value, error, words):
+    with pytest.raises(error, match=words):
+        Recipe.parse(value)
+
+
+def test_a_file_that_is_not_json_is_named(tmp_path):
+    file = tmp_path / "recipe.json"
+    file.write_text("{")
+    with pytest.raises(BadInput, match=r"recipe\.json is not JSON"):
+        Recipe.read(file)
+    with pytest.raises(BadInput, match="No such file"):
+        Recipe.read(tmp_path / "none.json")
