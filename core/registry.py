@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from core.errors import BadSettings, UnknownMethod
 
@@ -55,6 +57,15 @@ class Method:
             return self.settings.model_validate(values)
         except ValidationError as error:
             raise BadSettings(f"{self.id}: {_sentence(error, self.settings)}") from None
+
+    def parse_text(self, pairs: Mapping[str, str]) -> Settings:
+        """Settings from text (``--set key=value``, a query string): each value is read as its field's type."""
+        values: dict[str, Any] = {}
+        for name, text in pairs.items():
+            values[name] = text
+            if name in self.settings.model_fields:
+                values[name] = _read(text, self.settings.model_fields[name].annotation)
+        return self.parse(values)
 
     def describe(self) -> dict[str, Any]:
         """The method as plain data: what ``slimscope methods --json`` prints."""
@@ -127,6 +138,16 @@ def get(kind: Kind, id_: str) -> Method:
     if id_ not in known:
         raise UnknownMethod(f"no {kind} method is called {id_!r}; there are: {', '.join(known)}")
     return known[id_]
+
+
+def _read(text: str, annotation: Any) -> Any:
+    """The text itself where the field takes it, else the JSON value it spells, else the text for a clear error."""
+    adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+    with suppress(ValidationError):
+        return adapter.validate_python(text, strict=True)
+    with suppress(ValueError):  # ValidationError is one; so is a JSON syntax error
+        return adapter.validate_python(json.loads(text))
+    return text
 
 
 def _sentence(error: ValidationError, settings: type[Settings]) -> str:
