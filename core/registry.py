@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from core.errors import BadSettings, UnknownMethod
+from core.errors import BadInput, BadSettings, UnknownMethod
 
 Kind = Literal["probe", "compress", "evaluate", "profile"]
 Need = Literal["decoder", "encoder", "vision", "text", "moe", "calibration", "cuda"]
@@ -66,6 +66,14 @@ class Method:
             if name in self.settings.model_fields:
                 values[name] = _read(text, self.settings.model_fields[name].annotation)
         return self.parse(values)
+
+    def refuse_if(self, missing: Iterable[Need], model: str) -> None:
+        """Raise ``BadInput`` when a model misses something this method needs."""
+        missing = tuple(missing)
+        if missing:
+            others = [m.id for m in methods(self.kind).values() if not m.needs & set(missing)]
+            instead = f"; use {', '.join(others)}" if others else ""
+            raise BadInput(f"{self.id} needs {' and '.join(missing)}, which {model} does not offer{instead}")
 
     def describe(self) -> dict[str, Any]:
         """The method as plain data: what ``slimscope methods --json`` prints."""

@@ -1,0 +1,367 @@
+"""``slimscope``: the same engine from a terminal.
+
+One command per step of the loop, one model syntax everywhere, ``--set key=value`` for a method's settings.
+With ``--json`` stdout carries exactly one JSON document; progress and logs go to stderr. A wrong input ends
+with one line and exit code 1 (2 for a command line that cannot be read).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from core.errors import BadInput, Cancelled, SlimscopeError
+from core.types import Measurement, Metric, ModelRef, Progress, Prompt, Result
+
+DEFAULT_TEXT = "The quick brown fox jumps over the lazy dog. The quick brown fox jumps over the"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    if args.catalog:
+        # In the environment, because supervisor, workers and the inspector must use the same one.
+        os.environ["SLIMSCOPE_CATALOG"] = as_url(args.catalog)
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    try:
+        # Libraries print; stdout belongs to the answer alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            answer = args.command(args)
+    except SlimscopeError as error:
+        print(f"slimscope: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, Cancelled):
+        print("slimscope: stopped; what was finished is in the catalog", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    if answer is not None:
+        print(json.dumps(plain(answer), ensure_ascii=False, allow_nan=False) if args.json else human(answer))
+    return 0
+
+
+def as_url(catalog: str) -> str:
+    """A ``--catalog`` value as SQLAlchemy URL: a URL as it is, anything else as path of a SQLite file."""
+    return catalog if "://" in catalog else f"sqlite:///{Path(catalog).expanduser().resolve()}"
+
+
+# --- commands -----------------------------------------------------------------------------------------
+
+
+def command_open(args: argparse.Namespace) -> Any:
+    """Open a model, verify its anatomy, print what it is."""
+    from core.loop import opened
+    from core.models.sizes import model_card
+
+    return model_card(opened(_catalog(args), args.model, progress=terminal_progress()))
+
+
+def command_methods(args: argparse.Namespace) -> Any:
+    """List every method with its settings."""
+    from core.registry import PACKAGES, methods
+
+    kinds = [args.kind] if args.kind else list(PACKAGES)
+    return [method.describe() for kind in kinds for method in methods(kind).values()]
+
+
+def command_probe(args: argparse.Namespace) -> Any:
+    """Look inside a model with one probe."""
+    from core.loop import opened
+    from core.registry import get
+
+    method = get("probe", args.method)
+    settings = method.parse_text(pairs(args.set))
+    loaded = opened(_catalog(args), args.model, progress=terminal_progress())
+    method.refuse_if(loaded.missing_needs(method.needs), args.model)
+    return method.run(loaded, Prompt(args.text, args.second), settings)
+
+
+def command_compress(args: argparse.Namespace) -> Any:
+    """Make a variant by one method, and prove that it reloads."""
+    from core.loop import make_variant
+    from core.recipe import Recipe
+    from core.registry import get
+
+    settings = get("compress", args.method).parse_text(pairs(args.set))
+    recipe = Recipe.of(args.method, **settings.model_dump(mode="json"))
+    made = make_variant(
+        _catalog(args), args.model, recipe, calibration=args.calibration, progress=terminal_progress()
+    )
+    return made.summary()
+
+
+def command_run(args: argparse.Namespace) -> Any:
+    """Compress by a recipe file, prove, evaluate and profile: the whole loop."""
+    from core.loop import evaluate_variant, make_variant, profile_variant
+    from core.recipe import Recipe
+
+    catalog, recipe = _catalog(args), Recipe.read(Path(args.recipe))
+    progress = terminal_progress()
+    made = make_variant(catalog, args.model, recipe, calibration=args.calibration, progress=progress)
+    ids = [made.variant.base_id, made.variant.id] if args.with_base else [made.variant.id]
+    runs = []
+    for id_ in ids:
+        runs.append(evaluate_variant(catalog, id_, documents=args.documents, progress=progress))
+        runs.append(profile_variant(catalog, id_, settings={"tier": args.tier}, progress=progress))
+    return {**made.summary(), "runs": runs}
+
+
+def command_evaluate(args: argparse.Namespace) -> Any:
+    """Measure a variant's quality against its base, reloaded from its artifact."""
+    from core.loop import evaluate_variant, register
+
+    catalog = _catalog(args)
+    variant = register(catalog, args.model, progress=terminal_progress())
+    return evaluate_variant(
+        catalog,
+        variant.id,
+        method=args.method,
+        documents=args.documents,
+        settings=pairs(args.set),
+        progress=terminal_progress(),
+    )
+
+
+def command_profile(args: argparse.Namespace) -> Any:
+    """Measure a variant's speed and memory in a fresh process."""
+    from core.loop import profile_variant, register
+
+    catalog = _catalog(args)
+    variant = register(catalog, args.model, progress=terminal_progress())
+    settings = {**({"tier": args.tier} if args.tier else {}), **pairs(args.set)}
+    return profile_variant(
+        catalog, variant.id, method=args.runtime, settings=settings, progress=terminal_progress()
+    )
+
+
+def command_compare(args: argparse.Namespace) -> Any:
+    """One row per variant: size, quality, speed, proof, and whether it is on the front."""
+    from core.loop import compare
+
+    return compare(_catalog(args), base=args.base, objective=args.x, quality=args.y)
+
+
+def command_jobs(args: argparse.Namespace) -> Any:
+    """List jobs, or cancel, retry or show one."""
+    from core.jobs.queue import Queue
+
+    queue = Queue(_catalog(args))
+    if args.action == "list":
+        return queue.jobs(limit=args.limit)
+    if not args.job:
+        raise BadInput(f"`slimscope jobs {args.action}` needs a job id; see `slimscope jobs`")
+    return {"show": queue.job, "cancel": queue.cancel, "retry": queue.retry}[args.action](args.job)
+
+
+def command_doctor(args: argparse.Namespace) -> Any:
+    """Say what this machine has, and what would stop Slimscope from working."""
+    from core.doctor import examine
+
+    return examine()
+
+
+def command_ui(args: argparse.Namespace) -> Any:
+    """Open the dashboard."""
+    from app.server import serve
+
+    serve(host=args.host, port=args.port)
+
+
+# --- the command line ---------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; its help is the reference."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    shared.add_argument(
+        "--catalog",
+        metavar="PATH",
+        help="SQLite file or SQLAlchemy URL (default: SLIMSCOPE_CATALOG or the user's data folder)",
+    )
+    top = argparse.ArgumentParser(
+        prog="slimscope", description="See inside a transformer, size it down, and know what it cost."
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], Any]) -> argparse.ArgumentParser:
+        text = (run.__doc__ or "").splitlines()[0]
+        parser = commands.add_parser(name, help=text, description=text, parents=[shared])
+        parser.set_defaults(command=run)
+        return parser
+
+    model = {
+        "metavar": "MODEL",
+        "help": "demo:NAME, variant:ID, a folder, a .gguf file, or a hub id with optional @revision",
+    }
+    documents = {
+        "default": "pydoc",
+        "metavar": "SOURCE",
+        "help": "pydoc, a .txt or .jsonl file, or hub:ID (default: %(default)s)",
+    }
+    settings = {
+        "action": "append",
+        "default": [],
+        "metavar": "KEY=VALUE",
+        "help": "a setting of the method; repeatable (see `slimscope methods`)",
+    }
+
+    add("open", command_open).add_argument("model", **model)
+    parser = add("methods", command_methods)
+    parser.add_argument(
+        "--kind", choices=["probe", "compress", "evaluate", "profile"], help="only methods of this kind"
+    )
+    parser = add("probe", command_probe)
+    parser.add_argument("method", help="id of a probe, e.g. logit_lens")
+    parser.add_argument("--model", required=True, **model)
+    parser.add_argument("--text", default=DEFAULT_TEXT, help="the prompt")
+    parser.add_argument("--second", help="second text of a pair, for encoders")
+    parser.add_argument("--set", **settings)
+    parser = add("compress", command_compress)
+    parser.add_argument("method", help="id of a compress method, e.g. rtn")
+    parser.add_argument("--model", required=True, **model)
+    parser.add_argument("--set", **settings)
+    parser.add_argument("--calibration", **documents)
+    parser = add("run", command_run)
+    parser.add_argument("recipe", help="a recipe file (JSON)")
+    parser.add_argument("--model", required=True, **model)
+    parser.add_argument("--calibration", **documents)
+    parser.add_argument("--documents", **documents)
+    parser.add_argument(
+        "--tier",
+        default="rapid",
+        choices=["rapid", "quick", "full"],
+        help="how long to measure speed (default: %(default)s)",
+    )
+    parser.add_argument("--with-base", action="store_true", help="measure the base too, in the same session")
+    parser = add("evaluate", command_evaluate)
+    parser.add_argument("model", **model)
+    parser.add_argument("--method", help="id of an evaluation (default: by model family)")
+    parser.add_argument("--documents", **documents)
+    parser.add_argument("--set", **settings)
+    parser = add("profile", command_profile)
+    parser.add_argument("model", **model)
+    parser.add_argument("--runtime", default="torch_eager", help="id of a runtime (default: %(default)s)")
+    parser.add_argument("--tier", choices=["rapid", "quick", "full"], help="how long to measure")
+    parser.add_argument("--set", **settings)
+    parser = add("compare", command_compare)
+    parser.add_argument(
+        "--base", metavar="MODEL", help="only variants of this base: its id or how it was opened"
+    )
+    parser.add_argument("--x", default="bytes", help="cost axis of the front (default: %(default)s)")
+    parser.add_argument(
+        "--y", default=None, help="quality axis of the front (default: kl, or cosine_agreement for encoders)"
+    )
+    parser = add("jobs", command_jobs)
+    parser.add_argument("action", nargs="?", default="list", choices=["list", "show", "cancel", "retry"])
+    parser.add_argument("job", nargs="?", help="id of a job")
+    parser.add_argument("--limit", type=int, default=20, help="how many to list (default: %(default)s)")
+    add("doctor", command_doctor)
+    parser = add("ui", command_ui)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=8501, help="port (default: %(default)s)")
+    return top
+
+
+def pairs(items: Sequence[str]) -> dict[str, str]:
+    """``["bits=4"]`` as ``{"bits": "4"}``; raises ``BadInput`` where there is no ``=``."""
+    wrong = [item for item in items if "=" not in item]
+    if wrong:
+        raise BadInput(f"--set {wrong[0]!r} has no '='; write --set key=value, e.g. --set bits=4")
+    return dict(item.split("=", 1) for item in items)
+
+
+def _catalog(args: argparse.Namespace) -> Any:
+    from core.catalog.store import Catalog
+
+    return Catalog()
+
+
+# --- output -------------------------------------------------------------------------------------------
+
+
+def terminal_progress() -> Progress:
+    """Progress as one rewritten line on a terminal, silent elsewhere."""
+    if not sys.stderr.isatty():
+        return lambda done, total, message: None
+    last = 0.0
+
+    def show(done: float, total: float, message: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > 0.1 or done >= total:
+            last = now
+            share = f"{done / total:4.0%}" if total else "    "
+            print(
+                f"\r\x1b[K{share} {message}",
+                end="\n" if total and done >= total else "",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    return show
+
+
+def plain(value: Any) -> Any:
+    """Any of our records as JSON data; a number that is not finite becomes null."""
+    if isinstance(value, pd.DataFrame):
+        return plain(value.to_dict("records"))
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    if isinstance(value, bool) or value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "item"):  # a NumPy scalar
+        return plain(value.item())
+    return None if value is pd.NaT else str(value)
+
+
+def human(answer: Any) -> str:
+    """The same answer for a reader: tables where there are rows, ``name value unit [low, high]`` for metrics."""
+    if isinstance(answer, pd.DataFrame):
+        return answer.to_string(index=False) if len(answer) else "nothing yet"
+    if isinstance(answer, Result):
+        lines = [_metric_line(metric) for metric in answer.metrics]
+        return "\n".join([*lines, *answer.notes, "", answer.frame.head(40).to_string(index=False)])
+    if isinstance(answer, (list, tuple)):
+        return (
+            human(pd.json_normalize([plain(item) for item in answer], max_level=0))
+            if answer
+            else "nothing yet"
+        )
+    if hasattr(answer, "measurements"):
+        return "\n".join(_metric_line(measurement) for measurement in answer.measurements)
+    flat = plain(answer)
+    return "\n".join(f"{key:<24} {json.dumps(value, ensure_ascii=False)}" for key, value in flat.items())
+
+
+def _metric_line(metric: Metric | Measurement) -> str:
+    interval = (
+        f" [{metric.low:.4g}, {metric.high:.4g}]"
+        if metric.low is not None and metric.high is not None
+        else ""
+    )
+    n = f"  n={metric.n}" if metric.n else ""
+    return f"{metric.name:<26} {metric.value:.6g} {metric.unit}{interval}{n}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
