@@ -1,0 +1,24 @@
+"""What a page shows when there is nothing yet: one sentence and the button that changes it."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+
+def empty_state(
+    sentence: str,
+    *,
+    icon: str = "inbox",
+    page: str | None = None,
+    action: str = "",
+    query: dict[str, str] | None = None,
+) -> None:
+    """Draw a quiet card with ``sentence`` (ours, Markdown) and a link to ``page`` (a file name) that does it."""
+    with st.container(border=True, horizontal_alignment="center", gap="small"):
+        st.space("small")
+        st.markdown(f":material/{icon}: :gray[{sentence}]", text_alignment="center")
+        if page:
+            st.page_link(
+                f"../pages/{page}.py", label=action, icon=":material/arrow_forward:", query_params=query
+            )
+        st.space("small")
