@@ -1,0 +1,367 @@
+"""Finding a model's anatomy from its modules, their shapes and its config.
+
+A layer is recognised by the modules it has, not by the model's name: each row of ``ATTENTION`` and ``MLP``
+below is one way the field lays out a layer, and the first row whose modules are all present is taken. So a new
+architecture built like Llama needs no line here. Names can lie, which is why ``anatomy_verify.py`` proves the
+result by running the model; what fits no row is refused here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from core.errors import AnatomyMismatch, CannotOpen
+from core.models.anatomy import Anatomy, Block, Fusion, NormPlace
+from core.types import Family
+
+
+@dataclass(frozen=True)
+class _AttentionLayout:
+    """Paths inside a layer; ``norms`` are attention_norm, mlp_norm and, for a sandwich, the two after-norms."""
+
+    attention: str
+    q: str
+    k: str
+    v: str
+    o: str
+    norms: tuple[str, ...]
+    fusion: Fusion = "separate"
+    norm_place: NormPlace = "pre"
+    write: str = ""
+    """What attention adds to the residual, if not the attention module's own output."""
+
+
+@dataclass(frozen=True)
+class _MlpLayout:
+    module: str | None
+    gate: str | None
+    up: str
+    down: str
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+ATTENTION = (
+    # Gemma-2: its post_attention_layernorm is an after-norm, unlike Llama's, so this row comes first.
+    _AttentionLayout(
+        "self_attn",
+        *_QKV,
+        norms=(
+            "input_layernorm",
+            "pre_feedforward_layernorm",
+            "post_attention_layernorm",
+            "post_feedforward_layernorm",
+        ),
+        norm_place="sandwich",
+    ),
+    # Llama, Mistral, Qwen, Mixtral, OLMoE
+    _AttentionLayout("self_attn", *_QKV, norms=("input_layernorm", "post_attention_layernorm")),
+    # GPT-2
+    _AttentionLayout(
+        "attn", *3 * ("attn.c_attn",), "attn.c_proj", norms=("ln_1", "ln_2"), fusion="concatenated"
+    ),
+    # GPT-NeoX, Pythia
+    _AttentionLayout(
+        "attention",
+        *3 * ("attention.query_key_value",),
+        "attention.dense",
+        norms=("input_layernorm", "post_attention_layernorm"),
+        fusion="per_head",
+    ),
+    # OPT
+    _AttentionLayout(
+        "self_attn",
+        *_QKV[:3],
+        "self_attn.out_proj",
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+    ),
+    # BERT
+    _AttentionLayout(
+        "attention.self",
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        norms=("attention.output.LayerNorm", "output.LayerNorm"),
+        norm_place="post",
+        write="attention.output.dense",
+    ),
+    # ViT
+    _AttentionLayout(
+        "attention",
+        "attention.q_proj",
+        "attention.k_proj",
+        "attention.v_proj",
+        "attention.o_proj",
+        norms=("layernorm_before", "layernorm_after"),
+    ),
+)
+MLP = (
+    _MlpLayout("mlp", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    _MlpLayout("mlp", None, "mlp.c_fc", "mlp.c_proj"),
+    _MlpLayout("mlp", None, "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    _MlpLayout("mlp", None, "mlp.fc1", "mlp.fc2"),
+    _MlpLayout(None, None, "fc1", "fc2"),
+    _MlpLayout(None, None, "intermediate.dense", "output.dense"),
+)
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "layernorm")
+POSITIONS = ("wpe", "embed_positions", "embeddings.position_embeddings")
+ROUTERS = ("gate", "router")
+SHARED_EXPERTS = ("shared_expert", "shared_experts")
+
+
+def find_anatomy(model: Any) -> Anatomy:
+    """Locate everything in a Hugging Face model; raises ``CannotOpen`` saying what has no known place.
+
+    The result is a claim: prove it with ``verify_anatomy``.
+    """
+    config = model.config.get_text_config()
+    architecture = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise CannotOpen(
+            f"{architecture} is an encoder–decoder; open a decoder, an encoder or a ViT classifier"
+        )
+    _refuse_projected_opt(config, architecture)
+    stack_path, layers = _find_stack(model, config.num_hidden_layers)
+    attention = _match_attention(layers[0], f"{stack_path}.0", architecture)
+    blocks = tuple(
+        _block(layer, index, f"{stack_path}.{index}", attention) for index, layer in enumerate(layers)
+    )
+    family = _family(model, attention)
+    base = stack_path.rpartition(".")[0]
+    around = base.rpartition(".")[0]
+    position_embedding = _position_path(model, base, around, family)
+    embedding = _path_of(model, model.get_input_embeddings())
+    head = _head(model)
+    # A bidirectional encoder that is not pre-norm has no final norm: its last block already norms.
+    final_norm = None if attention.norm_place == "post" else _first_present(model, base, FINAL_NORMS)
+    if attention.norm_place != "post" and final_norm is None:
+        raise CannotOpen(
+            f"{architecture}: no final norm among {', '.join(FINAL_NORMS)} in {base or 'the model'}"
+        )
+    n_heads = config.num_attention_heads
+    n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
+    head_dim = _head_dim(model, blocks[0], attention.fusion, n_heads, n_kv_heads)
+    n_experts, experts_per_token = _moe_facts(model, config, blocks)
+    embedding_module = model.get_submodule(embedding)
+    return Anatomy(
+        model_type=config.model_type,
+        architecture=architecture,
+        family=family,
+        embedding=embedding,
+        embedding_scale=float(getattr(embedding_module, "scalar_embed_scale", 1.0)),
+        position_embedding=position_embedding,
+        position_offset=int(getattr(_submodule(model, position_embedding), "offset", 0)),
+        token_type_embedding=_path_or_none(model, _join(around, "embeddings.token_type_embeddings")),
+        embedding_norm=_path_or_none(model, _join(around, "embeddings.LayerNorm")),
+        blocks=blocks,
+        final_norm=final_norm,
+        head_transform=_path_or_none(model, "cls.predictions.transform"),
+        unembedding=head,
+        tied=head is not None
+        and getattr(model.get_submodule(head), "weight", None) is getattr(embedding_module, "weight", ()),
+        norm_place=attention.norm_place,
+        norm_offset=1.0 if "Gemma" in architecture else 0.0,
+        fusion=attention.fusion,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        d_model=config.hidden_size,
+        d_ff=_d_ff(model, blocks),
+        activation=_activation(config),
+        vocab_size=config.num_labels if family == "vision" else embedding_module.weight.shape[0],
+        context_length=_context_length(config, family),
+        windows=_windows(config, len(blocks)),
+        n_experts=n_experts,
+        experts_per_token=experts_per_token,
+        parallel_residual=bool(getattr(config, "use_parallel_residual", False)),
+        logit_scale=float(getattr(config, "logit_scale", None) or 1.0),
+        logit_softcap=getattr(config, "final_logit_softcapping", None),
+        attention_softcap=getattr(config, "attn_logit_softcapping", None),
+    )
+
+
+def _refuse_projected_opt(config: Any, architecture: str) -> None:
+    width = getattr(config, "word_embed_proj_dim", config.hidden_size)
+    if width != config.hidden_size or not getattr(config, "do_layer_norm_before", True):
+        raise CannotOpen(
+            f"{architecture}: project_in/project_out and norms after the sublayer (OPT-350m) are not supported; "
+            "open another size of OPT"
+        )
+
+
+def _find_stack(model: Any, n_layers: int) -> tuple[str, Any]:
+    """The one outermost list of layers whose length is the config's."""
+    import torch.nn as nn
+
+    lists = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    outer = [(p, m) for p, m in lists if not any(p.startswith(f"{q}.") for q, _ in lists)]
+    found = [(path, module) for path, module in outer if len(module) == n_layers]
+    if len(found) != 1:
+        raise CannotOpen(
+            f"{type(model).__name__}: expected one list of {n_layers} transformer layers, "
+            f"found {[(path, len(module)) for path, module in outer]}; this architecture is not supported"
+        )
+    return found[0]
+
+
+def _match_attention(layer: Any, path: str, architecture: str) -> _AttentionLayout:
+    for layout in ATTENTION:
+        parts = (layout.attention, layout.q, layout.k, layout.v, layout.o, *layout.norms)
+        if all(_submodule(layer, part) is not None for part in parts):
+            return layout
+    children = ", ".join(name for name, _ in layer.named_children())
+    raise CannotOpen(
+        f"{architecture}: the layer {path} ({children}) has no attention and norms of a known layout; "
+        "this architecture is not supported"
+    )
+
+
+def _block(layer: Any, index: int, path: str, layout: _AttentionLayout) -> Block:
+    sandwich = layout.norm_place == "sandwich"
+    mlp = _mlp_parts(layer, path)
+    write = layout.norms[2] if sandwich else layout.write or layout.attention
+    mlp_write = f"{path}.{layout.norms[3]}" if sandwich else mlp["mlp_write"]
+    return Block(
+        index=index,
+        path=path,
+        attention=f"{path}.{layout.attention}",
+        q=f"{path}.{layout.q}",
+        k=f"{path}.{layout.k}",
+        v=f"{path}.{layout.v}",
+        o=f"{path}.{layout.o}",
+        attention_norm=f"{path}.{layout.norms[0]}",
+        mlp_norm=f"{path}.{layout.norms[1]}",
+        attention_write=f"{path}.{write}",
+        **{**mlp, "mlp_write": mlp_write},
+    )
+
+
+def _mlp_parts(layer: Any, path: str) -> dict[str, Any]:
+    """The MLP fields of a ``Block``: a mixture of experts if the layer has one, else a dense MLP."""
+    moe = _submodule(layer, "mlp")
+    if moe is not None and _submodule(moe, "experts") is not None:
+        base = f"{path}.mlp"
+        router = _first_present(moe, "", ROUTERS)
+        # Every fused experts module of transformers carries the activation hook of its shared contract.
+        if router is None or not hasattr(moe.experts, "_apply_gate"):
+            raise CannotOpen(
+                f"{base}: {type(moe.experts).__name__} is not a fused experts module with a router named "
+                f"{' or '.join(ROUTERS)}; this mixture of experts is not supported"
+            )
+        shared = _first_present(moe, "", SHARED_EXPERTS)
+        return {
+            "mlp": base,
+            "mlp_write": base,
+            "gate": None,
+            "up": None,
+            "down": None,
+            "router": f"{base}.{router}",
+            "experts": f"{base}.experts",
+            "shared_expert": f"{base}.{shared}" if shared else None,
+        }
+    for layout in MLP:
+        parts = [part for part in (layout.module, layout.gate, layout.up, layout.down) if part]
+        if all(_submodule(layer, part) is not None for part in parts):
+            return {
+                "mlp": f"{path}.{layout.module}" if layout.module else None,
+                "mlp_write": f"{path}.{layout.module or layout.down}",
+                "gate": f"{path}.{layout.gate}" if layout.gate else None,
+                "up": f"{path}.{layout.up}",
+                "down": f"{path}.{layout.down}",
+            }
+    children = ", ".join(name for name, _ in (moe or layer).named_children())
+    raise CannotOpen(f"{path}: the MLP ({children}) has no known layout; this architecture is not supported")
+
+
+def _family(model: Any, layout: _AttentionLayout) -> Family:
+    if model.main_input_name == "pixel_values":
+        return "vision"
+    return "encoder" if layout.norm_place == "post" else "decoder"
+
+
+def _head(model: Any) -> str | None:
+    classifier = getattr(model, "classifier", None)
+    return _path_of(model, model.get_output_embeddings() or classifier)
+
+
+def _head_dim(model: Any, block: Block, fusion: Fusion, n_heads: int, n_kv_heads: int) -> int:
+    """Read the head size off the projection's rows; refuse rows that do not divide into the config's heads."""
+    rows = _out_features(model.get_submodule(block.q))
+    parts = n_heads if fusion == "separate" else n_heads + 2 * n_kv_heads
+    if rows % parts:
+        raise AnatomyMismatch(f"{block.q}: {rows} outputs do not divide into {parts} heads")
+    head_dim = rows // parts
+    if fusion == "separate" and _out_features(model.get_submodule(block.v)) != n_kv_heads * head_dim:
+        raise AnatomyMismatch(f"{block.v}: outputs are not {n_kv_heads} key/value heads of {head_dim}")
+    return head_dim
+
+
+def _out_features(linear: Any) -> int:
+    """Linear stores [out, in]; GPT-2's Conv1D stores [in, out] and calls out ``nf``."""
+    return int(getattr(linear, "nf", None) or linear.out_features)
+
+
+def _d_ff(model: Any, blocks: tuple[Block, ...]) -> int:
+    for block in blocks:
+        if block.up is not None:
+            return _out_features(model.get_submodule(block.up))
+    return int(model.get_submodule(blocks[0].experts).intermediate_dim)
+
+
+def _moe_facts(model: Any, config: Any, blocks: tuple[Block, ...]) -> tuple[int, int]:
+    moe = [block for block in blocks if block.is_moe]
+    if not moe:
+        return 0, 0
+    experts = model.get_submodule(moe[0].experts)
+    return int(experts.num_experts), int(config.num_experts_per_tok)
+
+
+def _position_path(model: Any, base: str, around: str, family: Family) -> str | None:
+    if family == "vision":
+        return _path_or_none(model, _join(base, "embeddings"))
+    return _first_present(model, base, POSITIONS) or _first_present(model, around, POSITIONS)
+
+
+def _windows(config: Any, n_layers: int) -> tuple[int | None, ...]:
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return (window,) * n_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _context_length(config: Any, family: Family) -> int:
+    if family == "vision":
+        return int((config.image_size // config.patch_size) ** 2 + 1)
+    return int(config.max_position_embeddings)
+
+
+def _activation(config: Any) -> str:
+    names = ("hidden_activation", "hidden_act", "activation_function")
+    return next(value for name in names if (value := getattr(config, name, None)))
+
+
+def _submodule(module: Any, path: str | None) -> Any | None:
+    if not path:
+        return None
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _path_or_none(model: Any, path: str) -> str | None:
+    return path if _submodule(model, path) is not None else None
+
+
+def _first_present(model: Any, base: str, names: tuple[str, ...]) -> str | None:
+    return next((path for name in names if _submodule(model, path := _join(base, name)) is not None), None)
+
+
+def _path_of(model: Any, module: Any | None) -> Any:
+    return next((path for path, candidate in model.named_modules() if candidate is module), None)
+
+
+def _join(base: str, name: str) -> str:
+    return f"{base}.{name}" if base else name

@@ -1,0 +1,312 @@
+"""Proving an anatomy: identities that hold only if every path and fact in it is right.
+
+Run at load on a few seeded positions. One side of each identity is what the model's own modules gave, the other
+plain tensor algebra from the anatomy's paths and facts. A post-norm encoder has no telescoping sum, as each
+addition is normed: there every addition is checked with its norm instead, and the lens only where there is a head.
+
+Legend: ``T`` batch · position, ``D`` d_model, ``H`` head, ``K`` head_dim, ``N`` neuron, ``E`` expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from core.capture import capture
+from core.errors import AnatomyMismatch
+from core.lazy import torch
+from core.models.anatomy import Anatomy, Block
+from core.models.readout import unembed
+from core.models.weights import neuron_weight, output_weight, split_heads, to_query_heads
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+POSITIONS = 7
+SEED = 20
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+"""Largest allowed ‖got − expected‖₂ / ‖expected‖₂ of any position: rounding of the same sums in another order."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One identity at one module: two tensors [T, …] that must be equal, bit for bit when ``exact``."""
+
+    name: str
+    module: str
+    got: Tensor
+    expected: Tensor
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """What one forward pass put in and out of the modules that the identities need."""
+
+    inputs: dict[str, Tensor]
+    logits: Tensor | None
+    output: dict[str, Tensor]
+    fed: dict[str, Tensor]
+    pattern: dict[str, Tensor]
+    chosen: dict[str, Tensor]
+    routing_weight: dict[str, Tensor]
+
+
+def verify_anatomy(model: Any, anatomy: Anatomy) -> dict[str, float]:
+    """Check every identity on a seeded input; returns check → largest relative difference over all layers.
+
+    Raises ``AnatomyMismatch`` naming the module, the check, and by how much it fails.
+    """
+    gaps: dict[str, float] = {}
+    tolerance = TOLERANCE[str(model.dtype).removeprefix("torch.")]
+    with torch.inference_mode(), eager_attention(model):
+        trace = _trace(model, anatomy)
+        checks = [_check_embedding, _check_residual, _check_norms, _check_heads, _check_mlp, _check_lens]
+        for check in chain.from_iterable(run(model, anatomy, trace) for run in checks):
+            gap = _gap(check)
+            if not gap <= (0.0 if check.exact else tolerance):
+                raise AnatomyMismatch(
+                    f"{anatomy.architecture}: {check.module} fails the check '{check.name}' "
+                    f"(relative difference {gap:.2g}); this architecture is not understood, so it is not opened"
+                )
+            gaps[check.name] = max(gaps.get(check.name, 0.0), gap)
+    return gaps
+
+
+@contextmanager
+def eager_attention(model: Any) -> Iterator[None]:
+    """Run with the attention kernel that computes patterns, then put the model's own kernel back."""
+    kernel = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(kernel)
+
+
+def _trace(model: Any, anatomy: Anatomy) -> _Trace:
+    blocks = anatomy.blocks
+    dense = [block for block in blocks if not block.is_moe]
+    moe = [block for block in blocks if block.is_moe]
+    read_out = {
+        path for b in blocks for path in (b.path, b.o, b.v, b.attention_write, b.mlp_write, b.mlp_norm)
+    }
+    read_out |= {block.down for block in dense if block.down} | {block.mlp for block in blocks if block.mlp}
+    read_out |= {block.experts for block in moe if block.experts}
+    read_in = {path for b in blocks for path in (b.path, b.attention_norm, b.mlp_norm)}
+    read_in |= {path for b in dense for path in (b.up, b.down) if path}
+    read_in |= {path for b in moe for path in (b.mlp, b.experts) if path}
+    experts = [block.experts for block in moe if block.experts]
+    inputs = _seeded_inputs(model, anatomy)
+    with (
+        capture(model, sorted(read_out)) as output,
+        capture(model, sorted(read_in), inputs=True) as fed,
+        capture(model, [block.attention for block in blocks], item=1) as pattern,
+        capture(model, experts, inputs=True, item=1) as chosen,
+        capture(model, experts, inputs=True, item=2) as routing_weight,
+    ):
+        answer = model(**inputs)
+    return _Trace(inputs, getattr(answer, "logits", None), output, fed, pattern, chosen, routing_weight)
+
+
+def _seeded_inputs(model: Any, anatomy: Anatomy) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(SEED)
+    config = model.config
+    if anatomy.family == "vision":
+        shape = (1, config.num_channels, config.image_size, config.image_size)
+        pixels = torch.randn(shape, generator=generator)
+        return {"pixel_values": pixels.to(model.device, model.dtype)}
+    ids = torch.randint(anatomy.vocab_size, (1, POSITIONS), generator=generator)
+    return {"input_ids": ids.to(model.device)}
+
+
+def _check_embedding(model: Any, anatomy: Anatomy, trace: _Trace) -> Iterator[Check]:
+    """The stream starts as embedding rows · scale (+ position row) (normed, for BERT)."""
+    module = model.get_submodule(anatomy.embedding)
+    if anatomy.family == "vision":
+        assert anatomy.position_embedding is not None
+        owner = model.get_submodule(anatomy.position_embedding)
+        patches = module(trace.inputs["pixel_values"])
+        start = torch.cat([owner.cls_token, patches.flatten(2).transpose(1, 2)], 1)
+        start = start + owner.position_embeddings
+    else:
+        ids = trace.inputs["input_ids"]
+        start = module.weight[ids] * anatomy.embedding_scale
+        if anatomy.position_embedding is not None:
+            table = model.get_submodule(anatomy.position_embedding).weight
+            start = start + table[anatomy.position_offset :][: ids.shape[1]]
+        if anatomy.token_type_embedding is not None:
+            start = start + model.get_submodule(anatomy.token_type_embedding).weight[0]
+        if anatomy.embedding_norm is not None:
+            start = model.get_submodule(anatomy.embedding_norm)(start)
+    yield Check(
+        "embedding starts the residual stream", anatomy.embedding, start, trace.fed[anatomy.blocks[0].path]
+    )
+
+
+def _check_residual(model: Any, anatomy: Anatomy, trace: _Trace) -> Iterator[Check]:
+    """Identity 3: every block adds its two writes to the stream, and their sum from the start is its end."""
+    stream = trace.fed[anatomy.blocks[0].path]
+    total = stream.float()
+    for block in anatomy.blocks:
+        # OPT's MLP works on flattened positions, so writes take the stream's shape.
+        attention = trace.output[block.attention_write].view_as(stream)
+        mlp = trace.output[block.mlp_write].view_as(stream)
+        yield Check("blocks are chained", block.path, trace.fed[block.path], stream, exact=True)
+        middle = stream + attention
+        if anatomy.norm_place == "post":
+            yield Check(
+                "attention adds to the stream", block.attention_write, trace.fed[block.attention_norm], middle
+            )
+            stream = model.get_submodule(block.mlp_norm)(
+                model.get_submodule(block.attention_norm)(middle) + mlp
+            )
+        else:
+            read_by_mlp = stream if anatomy.parallel_residual else middle
+            yield Check(
+                "attention norm reads the stream",
+                block.attention_norm,
+                trace.fed[block.attention_norm],
+                stream,
+            )
+            yield Check("MLP norm reads the stream", block.mlp_norm, trace.fed[block.mlp_norm], read_by_mlp)
+            stream = middle + mlp
+            total = total + attention + mlp
+        yield Check("residual stream adds up", block.path, stream, trace.output[block.path])
+        stream = trace.output[block.path]
+    if anatomy.norm_place != "post":
+        yield Check("residual stream telescopes", anatomy.blocks[-1].path, total, stream)
+
+
+def _check_norms(model: Any, anatomy: Anatomy, trace: _Trace) -> Iterator[Check]:
+    """A norm is (x − mean) / σ, or x / rms, times (γ + offset), plus β."""
+    final = trace.output[anatomy.blocks[-1].path]
+    for block in anatomy.blocks:
+        norm = model.get_submodule(block.mlp_norm)
+        expected = _normed(norm, trace.fed[block.mlp_norm], anatomy.norm_offset)
+        yield Check("norm weight and offset", block.mlp_norm, trace.output[block.mlp_norm], expected)
+    if anatomy.final_norm is not None:
+        norm = model.get_submodule(anatomy.final_norm)
+        yield Check(
+            "norm weight and offset",
+            anatomy.final_norm,
+            norm(final),
+            _normed(norm, final, anatomy.norm_offset),
+        )
+
+
+def _normed(norm: Any, stream: Tensor, offset: float) -> Tensor:
+    wide = stream.float()
+    if isinstance(norm, torch.nn.LayerNorm):
+        wide = wide - wide.mean(-1, keepdim=True)
+    eps = next(getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name))
+    wide = wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt() * (norm.weight.float() + offset)
+    bias = getattr(norm, "bias", None)
+    return wide if bias is None else wide + bias.float()
+
+
+def _check_heads(model: Any, anatomy: Anatomy, trace: _Trace) -> Iterator[Check]:
+    """Identity 4: Σ_h A_h V_h W_O^h + b_O is what attention gives."""
+    for block in anatomy.blocks:
+        values = to_query_heads(anatomy, split_heads(anatomy, trace.output[block.v], "v"))
+        mixed = torch.einsum("bhqp,bphk->bqhk", trace.pattern[block.attention], values)
+        summed = torch.einsum("bqhk,hkd->bqd", mixed, output_weight(model, anatomy, block))
+        yield Check(
+            "heads sum to attention output",
+            block.attention,
+            _biased(model, block.o, summed),
+            trace.output[block.o],
+        )
+
+
+def _check_mlp(model: Any, anatomy: Anatomy, trace: _Trace) -> Iterator[Check]:
+    """Identity 6 for a dense MLP, 19 for a mixture of experts."""
+    for block in anatomy.blocks:
+        yield from (_check_experts if block.is_moe else _check_neurons)(model, anatomy, block, trace)
+
+
+def _check_neurons(model: Any, anatomy: Anatomy, block: Block, trace: _Trace) -> Iterator[Check]:
+    assert block.up is not None
+    assert block.down is not None
+    read = trace.fed[block.up]
+    neurons = model.get_submodule(block.up)(read)
+    activation = _activation(anatomy.activation)
+    if block.gate is None:
+        neurons = activation(neurons)
+    else:
+        neurons = activation(model.get_submodule(block.gate)(read)) * neurons
+    yield Check("neurons are act(gate) ⊙ up", block.up, neurons, trace.fed[block.down])
+    summed = _biased(model, block.down, trace.fed[block.down] @ neuron_weight(model, block))
+    yield Check("neurons sum to MLP output", block.down, summed, trace.output[block.mlp or block.down])
+
+
+def _check_experts(model: Any, anatomy: Anatomy, block: Block, trace: _Trace) -> Iterator[Check]:
+    """Σ_e w_e E_e(x) (+ shared expert) is what the block gives; the choice is the model's own, never recomputed."""
+    assert block.experts is not None
+    assert block.mlp is not None
+    experts = model.get_submodule(block.experts)
+    chosen_TE, weight_TE = trace.chosen[block.experts], trace.routing_weight[block.experts]
+    read_TD = trace.fed[block.experts]
+    distinct = torch.tensor([len(set(row)) for row in chosen_TE.tolist()], dtype=torch.float32)
+    wanted = torch.full_like(distinct, anatomy.experts_per_token)
+    yield Check(
+        "each token has its number of distinct experts", block.experts, distinct[:, None], wanted[:, None]
+    )
+    summed_TD = torch.zeros_like(read_TD)
+    for token, (row, weights) in enumerate(zip(chosen_TE.tolist(), weight_TE, strict=True)):
+        for expert, weight in zip(row, weights, strict=True):
+            summed_TD[token] += weight * _expert(experts, expert, read_TD[token], anatomy.activation)
+    given = trace.output[block.experts]
+    yield Check("weighted experts sum to their output", block.experts, summed_TD, given)
+    if block.shared_expert is not None:
+        summed_TD = summed_TD + _shared(model, block, trace.fed[block.mlp]).view_as(summed_TD)
+    yield Check("experts sum to MLP output", block.mlp, summed_TD, trace.output[block.mlp].view_as(summed_TD))
+
+
+def _expert(experts: Any, index: int, token_D: Tensor, activation: str) -> Tensor:
+    gate_N, up_N = (experts.gate_up_proj[index] @ token_D).chunk(2)
+    out_D: Tensor = experts.down_proj[index] @ (_activation(activation)(gate_N) * up_N)
+    return out_D
+
+
+def _shared(model: Any, block: Block, read: Tensor) -> Tensor:
+    """A shared expert sees every token; Qwen2-MoE scales it by a sigmoid gate beside it."""
+    assert block.shared_expert is not None
+    shared: Tensor = model.get_submodule(block.shared_expert)(read)
+    gate = getattr(model.get_submodule(str(block.mlp)), "shared_expert_gate", None)
+    return shared if gate is None else torch.sigmoid(gate(read)) * shared
+
+
+def _check_lens(model: Any, anatomy: Anatomy, trace: _Trace) -> Iterator[Check]:
+    """Identity 2: the lens at the last layer is the model's own logits, bit for bit."""
+    if anatomy.unembedding is None or trace.logits is None:
+        return
+    final = trace.output[anatomy.blocks[-1].path]
+    logits = unembed(model, anatomy, final[:, 0] if anatomy.family == "vision" else final)
+    yield Check(
+        "lens at the last layer gives the logits", anatomy.unembedding, logits, trace.logits, exact=True
+    )
+
+
+def _activation(name: str) -> Any:
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[name]
+
+
+def _biased(model: Any, path: str, product: Tensor) -> Tensor:
+    bias = model.get_submodule(path).bias
+    return product if bias is None else product + bias
+
+
+def _gap(check: Check) -> float:
+    """Largest relative L2 difference of any row; shapes that differ, or NaN, can never pass."""
+    if check.got.shape[-1] != check.expected.shape[-1] or check.got.numel() != check.expected.numel():
+        return float("inf")
+    width = check.expected.shape[-1]
+    expected = check.expected.reshape(-1, width).float()
+    rows = (check.got.reshape(-1, width).float() - expected).norm(dim=-1)
+    return float((rows / expected.norm(dim=-1).clamp_min(1e-12)).max())

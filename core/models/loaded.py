@@ -1,0 +1,88 @@
+"""A model in memory with everything a method needs to work on it; the only mutable thing in the engine.
+
+It lives in one process. It does not know how it was opened (``open.py``) nor how its anatomy was found
+(``anatomy.py``).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from core.models.anatomy import Anatomy
+from core.registry import Need
+from core.types import Family, ModelRef
+
+if TYPE_CHECKING:
+    from core.numerics.packed import PackedTensor
+
+Pooling = Literal["mean", "cls"]
+
+
+@dataclass(eq=False)
+class LoadedModel:
+    """A Hugging Face model in eval mode with its tokenizer or processor, anatomy, fingerprint and lock.
+
+    Hold ``lock`` for as long as hooks are registered or weights are read: one model, one user at a time.
+    """
+
+    ref: ModelRef
+    folder: Path
+    """Where its files are: config.json, safetensors, tokenizer."""
+    model: Any
+    tokenizer: Any | None
+    processor: Any | None
+    anatomy: Anatomy
+    fingerprint: str
+    """Content hash of weights and config, whatever the dtype they are held in."""
+    pooling: Pooling = "mean"
+    """How an encoder's token vectors become one sentence vector."""
+    notes: tuple[str, ...] = ()
+    """Plain sentences a reader must know about these weights."""
+    packed: dict[str, PackedTensor] = field(default_factory=dict)
+    """Module path → packed weight; empty unless a compress step put it there."""
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+
+    @property
+    def family(self) -> Family:
+        """``decoder``, ``encoder`` or ``vision``."""
+        return self.anatomy.family
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters and buffers in memory; tied tensors once."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the embedding, e.g. ``float32``."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> str:
+        """The device the weights are on, e.g. ``cpu``."""
+        return str(self.model.device)
+
+    @property
+    def offers(self) -> frozenset[Need]:
+        """What this model can give to a method."""
+        found: set[Need] = {self.family}
+        if self.tokenizer is not None:
+            found.add("text")
+        if self.anatomy.n_experts:
+            found.add("moe")
+        if self.device.startswith("cuda"):
+            found.add("cuda")
+        return frozenset(found)
+
+    def missing_needs(self, needs: Iterable[Need]) -> tuple[Need, ...]:
+        """The needs of a method that this model cannot meet, sorted; calibration text is the caller's matter."""
+        return tuple(sorted(set(needs) - self.offers - {"calibration"}))
+
+    def supports(self, needs: Iterable[Need]) -> bool:
+        """Whether a method with these needs applies to this model."""
+        return not self.missing_needs(needs)

@@ -1,0 +1,201 @@
+"""Tiny random models of every supported family, made in code: config, seeded weights, a working tokenizer.
+
+Nothing is downloaded. Weights are drawn wide (fan-in scaled, norms and biases random too), so that no
+identity holds by accident: a dropped bias, a dropped (1 + γ) or a wrong head grouping changes the output.
+"""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from core.models.loaded import LoadedModel
+from core.models.open import open_model
+from core.types import ModelRef
+
+VOCAB = 512
+D_MODEL, D_FF, LAYERS, HEADS, KV_HEADS = 128, 256, 3, 4, 2
+CORPUS = (
+    "The capital of France is Paris, and the capital of Italy is Rome. Water boils at one hundred degrees.",
+    "When Mary and John went to the store, John gave a drink to Mary. One two three four five six seven.",
+    "def add(left, right):\n    return left + right\n\nfor index in range(10):\n    print(index)\n",
+    "A transformer reads tokens, adds to the residual stream, and predicts the next token of the text.",
+)
+
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": D_MODEL,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_GROUPED = {**_SIZES, "num_key_value_heads": KV_HEADS, "intermediate_size": D_FF}
+_MOE = {**_GROUPED, "num_experts_per_tok": 2}
+
+_BUILDERS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**_GROUPED, tie_word_embeddings=False)
+    ),
+    "smollm": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**_GROUPED, tie_word_embeddings=True)
+    ),
+    "mistral": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**_GROUPED, sliding_window=32, head_dim=32, tie_word_embeddings=False)
+    ),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**_GROUPED, tie_word_embeddings=True)
+    ),
+    # head_dim 64 ≠ 128 / 4: the explicit head_dim must be read, never derived.
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**_GROUPED, head_dim=64, tie_word_embeddings=True)
+    ),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**_SIZES, n_inner=D_FF)),
+    "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(
+            **_SIZES, intermediate_size=D_FF, use_parallel_residual=True, tie_word_embeddings=False
+        )
+    ),
+    "opt": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(**_SIZES, ffn_dim=D_FF, word_embed_proj_dim=D_MODEL)
+    ),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            **_GROUPED,
+            head_dim=64,
+            sliding_window=16,
+            query_pre_attn_scalar=64,
+            attn_logit_softcapping=50.0,
+            final_logit_softcapping=30.0,
+        )
+    ),
+    "bert": lambda: transformers.BertModel(
+        transformers.BertConfig(**_SIZES, intermediate_size=D_FF, architectures=["BertModel"])
+    ),
+    "mixtral": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**_MOE, num_local_experts=4, tie_word_embeddings=False)
+    ),
+    "olmoe": lambda: transformers.OlmoeForCausalLM(
+        transformers.OlmoeConfig(**_MOE, num_experts=4, tie_word_embeddings=False)
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(
+            **_MOE,
+            num_experts=4,
+            moe_intermediate_size=64,
+            head_dim=32,
+            mlp_only_layers=[1],
+            tie_word_embeddings=False,
+        )
+    ),
+    "vit": lambda: transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            hidden_size=D_MODEL,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            intermediate_size=D_FF,
+            image_size=32,
+            patch_size=8,
+            num_labels=10,
+        )
+    ),
+}
+FAMILIES: tuple[str, ...] = tuple(_BUILDERS)
+DECODERS: tuple[str, ...] = tuple(name for name in FAMILIES if name not in ("bert", "vit"))
+MOE: tuple[str, ...] = ("mixtral", "olmoe", "qwen3_moe")
+
+
+def tiny_folder(family: str, folder: Path, *, seed: int = 0) -> Path:
+    """Write a tiny model of ``family`` to ``folder`` in Hugging Face layout; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model = _BUILDERS[family]()
+    _redraw(model, seed)
+    model.save_pretrained(folder)
+    if family == "vit":
+        transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    else:
+        _tokenizer(family).save_pretrained(folder)
+    return folder
+
+
+@cache
+def tiny_model(family: str) -> LoadedModel:
+    """An opened tiny model, shared by all tests of this process: read it, never change its weights.
+
+    A test that changes weights opens its own copy: ``open_model(ModelRef(str(tiny_folder(family, tmp_path))))``.
+    """
+    home = Path(tempfile.mkdtemp(prefix="slimscope-tiny-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    return open_model(ModelRef(str(tiny_folder(family, home / family))))
+
+
+def _redraw(model: Any, seed: int) -> None:
+    """Give every parameter a wide random value, so that each of them matters to the output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim >= 2:
+                parameter.copy_(noise / D_MODEL**0.5)
+            elif "norm" in name.lower() or ".ln_" in name:
+                parameter.copy_(parameter + 0.2 * noise)
+            else:
+                parameter.copy_(0.1 * noise)
+
+
+@cache
+def _tokenizer(family: str) -> Any:
+    return _wordpiece() if family == "bert" else _byte_level_bpe()
+
+
+def _byte_level_bpe() -> Any:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    end = "<|endoftext|>"
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end, model_max_length=256
+    )
+
+
+def _wordpiece() -> Any:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=VOCAB, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", special.index("[CLS]")), ("[SEP]", special.index("[SEP]"))],
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=256,
+    )
