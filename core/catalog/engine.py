@@ -1,0 +1,95 @@
+"""Connections to the catalog's database: pragmas, who may write, and one transaction discipline for both kinds.
+
+SQLite gets ``BEGIN IMMEDIATE`` for writers, because its default (a lock taken only at the first write) loses
+updates in read-then-write transactions. Knows no table. SQLite's WAL does not work on network file systems.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError
+
+from core.errors import CatalogError
+from core.types import canonical_json
+
+BUSY_TIMEOUT_MS = 15_000
+_PRAGMAS = (
+    f"busy_timeout={BUSY_TIMEOUT_MS}",  # first: the next ones may already have to wait for another process
+    "journal_mode=WAL",
+    "synchronous=NORMAL",
+    "foreign_keys=ON",
+    "cache_size=-65536",
+    "mmap_size=268435456",
+)
+
+
+def parse_url(url: str) -> URL:
+    """Read a catalog URL; raises ``CatalogError`` when it is none, or SQLite without a file."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise CatalogError(
+            f"{url!r} is no catalog URL; give one like sqlite:////path/catalog.sqlite"
+        ) from None
+    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise CatalogError(
+            "a catalog in memory cannot be shared with the workers; give sqlite:////path/to/file"
+        )
+    return parsed
+
+
+def open_engine(url: URL, *, read_only: bool = False, rebuilding: bool = False) -> Engine:
+    """An engine with this catalog's rules; ``rebuilding`` leaves foreign keys off, for Alembic's batch mode."""
+    sqlite = url.get_backend_name() == "sqlite"
+    arguments: dict[str, Any] = {}
+    if not sqlite and read_only:
+        arguments["options"] = "-c default_transaction_read_only=on"
+    engine = create_engine(
+        url, connect_args=arguments, json_serializer=canonical_json, pool_pre_ping=not sqlite
+    )
+    if sqlite:
+        _configure_sqlite(engine, read_only=read_only, rebuilding=rebuilding)
+    return engine
+
+
+def _configure_sqlite(engine: Engine, *, read_only: bool, rebuilding: bool) -> None:
+    @event.listens_for(engine, "connect")
+    def _connected(connection: sqlite3.Connection, _record: object) -> None:
+        connection.isolation_level = None  # we say BEGIN ourselves, below
+        for pragma in _PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}")
+        if rebuilding:
+            connection.execute("PRAGMA foreign_keys=OFF")
+        if read_only:
+            connection.execute("PRAGMA query_only=ON")
+
+    @event.listens_for(engine, "begin")
+    def _begun(connection: Connection) -> None:
+        writes = connection.get_execution_options().get("writes", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+@contextmanager
+def explained(url: URL) -> Iterator[None]:
+    """Turn the driver's errors into one ``CatalogError`` that names the catalog (its password hidden)."""
+    try:
+        yield
+    except DBAPIError as error:
+        where = url.render_as_string(hide_password=True)
+        raise CatalogError(
+            f"catalog {where}: {error.orig}; check that it is reachable and not damaged"
+        ) from error
+
+
+def sqlite_file(url: URL) -> Path | None:
+    """The database file of a SQLite URL; None for any other database."""
+    if url.get_backend_name() != "sqlite":
+        return None
+    assert url.database is not None
+    return Path(url.database).expanduser().absolute()

@@ -1,0 +1,158 @@
+"""What the pages read: one row per variant, one variant in full. Read-only, and quick at 100 000 runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+from sqlalchemy import func, select
+
+from core.catalog.store import Catalog
+from core.catalog.tables import FrameRow, Headline, RecipeRow, RunRow, VariantRow
+from core.types import Run, Variant
+
+MEASURES = (
+    "kl",
+    "bits_per_byte",
+    "perplexity",
+    "top1_agreement",
+    "flips",
+    "cosine_agreement",
+    "spearman",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "ttft_ms",
+    "tpot_ms",
+    "load_ms",
+    "peak_memory_bytes",
+)
+"""Columns every trade-off frame has, measured or not; further measurements follow in alphabetical order."""
+
+_VARIANT_COLUMNS = {
+    "variant": VariantRow.id,
+    "name": VariantRow.name,
+    "recipe": RecipeRow.canonical,
+    "method": RecipeRow.method,
+    "format": VariantRow.format,
+    "parameters": VariantRow.parameters,
+    "bytes": VariantRow.bytes,
+    "bits_per_weight": VariantRow.bits_per_weight,
+    "proven": VariantRow.proven,
+    "created_at": VariantRow.created_at,
+}
+
+
+@dataclass(frozen=True)
+class VariantDetail:
+    """Everything about one variant: its ancestors (nearest first), its runs, its layers, its kept frames."""
+
+    variant: Variant
+    lineage: tuple[Variant, ...]
+    runs: tuple[Run, ...]
+    layer_errors: pd.DataFrame
+    frames: tuple[tuple[str, str], ...]
+    """(run id, frame name) of every frame that ``Catalog.frame`` gives."""
+
+
+def tradeoff_frame(catalog: Catalog, base_id: str) -> pd.DataFrame:
+    """One row per visible variant of a base (the base first), with its headline numbers and their intervals.
+
+    Columns: variant, name, recipe (canonical JSON; missing for the base), method (``base`` for it), format, parameters, bytes,
+    bits_per_weight, proven, created_at, flagged (a number shown is of a flagged run), then for every measurement
+    ``<name>``, ``<name>_low``, ``<name>_high``, NaN where not measured.
+    """
+    of_base = (VariantRow.base_id == base_id, VariantRow.hidden.is_(False))
+    variants = (
+        select(*_VARIANT_COLUMNS.values())
+        .outerjoin(RecipeRow, VariantRow.recipe_hash == RecipeRow.hash)
+        .where(*of_base)
+        .order_by((VariantRow.id != base_id), VariantRow.created_at, VariantRow.id)
+    )
+    numbers = (
+        select(
+            Headline.variant_id, Headline.name, Headline.value, Headline.low, Headline.high, Headline.status
+        )
+        .join(VariantRow, VariantRow.id == Headline.variant_id)
+        .where(*of_base)
+    )
+    with catalog.read() as session:
+        frame = pd.DataFrame(session.execute(variants).all(), columns=list(_VARIANT_COLUMNS))
+        long = pd.DataFrame(
+            session.execute(numbers).all(), columns=["variant", "name", "value", "low", "high", "status"]
+        )
+    frame["method"] = frame["method"].fillna("base")
+    frame["flagged"] = frame["variant"].isin(long.loc[long["status"] == "flagged", "variant"])
+    return pd.concat([frame, _wide(long, frame["variant"])], axis=1)
+
+
+def _wide(long: pd.DataFrame, variants: pd.Series[str]) -> pd.DataFrame:
+    """Long headline rows as columns, in the order of ``variants``."""
+    further = sorted(set(long["name"]) - set(MEASURES))
+    names = [*MEASURES, *further]
+    wide = long.pivot(index="variant", columns="name", values=["value", "low", "high"])
+    order = pd.MultiIndex.from_product([names, ["value", "low", "high"]]).swaplevel()
+    wide = wide.reindex(index=variants, columns=order).astype("float64").reset_index(drop=True)
+    wide.columns = pd.Index([name if part == "value" else f"{name}_{part}" for part, name in order])
+    return wide
+
+
+def bases(catalog: Catalog) -> pd.DataFrame:
+    """The visible bases, newest work first: id, name, source, family, variants (how many, itself left out)."""
+    made = (
+        select(
+            VariantRow.base_id,
+            func.count().label("variants"),
+            func.max(VariantRow.created_at).label("latest"),
+        )
+        .where(VariantRow.hidden.is_(False))
+        .group_by(VariantRow.base_id)
+        .subquery()
+    )
+    query = (
+        select(
+            VariantRow.id,
+            VariantRow.name,
+            VariantRow.source,
+            VariantRow.family,
+            (made.c.variants - 1).label("variants"),
+        )
+        .join(made, made.c.base_id == VariantRow.id)
+        .where(VariantRow.recipe_hash.is_(None), VariantRow.hidden.is_(False))
+        .order_by(made.c.latest.desc(), VariantRow.id)
+    )
+    with catalog.read() as session:
+        return pd.DataFrame(
+            session.execute(query).all(), columns=["id", "name", "source", "family", "variants"]
+        )
+
+
+def lineage(catalog: Catalog, variant_id: str) -> tuple[Variant, ...]:
+    """A variant's ancestors, nearest first, each once."""
+    found: dict[str, Variant] = {}
+    waiting = list(catalog.variant(variant_id).parents)
+    while waiting:
+        id_ = waiting.pop(0)
+        if id_ not in found:
+            found[id_] = catalog.variant(id_)
+            waiting.extend(found[id_].parents)
+    return tuple(found.values())
+
+
+def variant_detail(catalog: Catalog, variant_id: str) -> VariantDetail:
+    """What the detail drawer shows; raises ``BadInput`` for an unknown variant."""
+    frames = (
+        select(FrameRow.run_id, FrameRow.name)
+        .join(RunRow, RunRow.id == FrameRow.run_id)
+        .where(RunRow.variant_id == variant_id)
+        .order_by(RunRow.ended_at.desc(), FrameRow.name)
+    )
+    variant = catalog.variant(variant_id)
+    with catalog.read() as session:
+        kept = tuple((row.run_id, row.name) for row in session.execute(frames))
+    return VariantDetail(
+        variant,
+        lineage(catalog, variant_id),
+        tuple(catalog.runs(variant_id)),
+        catalog.layer_errors(variant_id),
+        kept,
+    )

@@ -1,0 +1,32 @@
+"""The states of a job and which may follow which. Knows no database and no process.
+
+::
+
+    queued ──► running ──► succeeded
+      │  ▲        │  ├───► failed ────► queued (retry by the user)
+      │  │        │  └───► cancelled ─► queued (retry by the user, or of the job it waited for)
+      │  └────────┴──────► lost ──────► queued (at once while attempts are left, else by the user)
+      └──► cancelled
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from core.types import JobState
+
+ACTIVE: Final[tuple[JobState, ...]] = ("queued", "running")
+"""Something will still happen by itself."""
+
+ENDED: Final[tuple[JobState, ...]] = ("succeeded", "failed", "cancelled", "lost")
+
+RETRIABLE: Final[tuple[JobState, ...]] = ("failed", "cancelled", "lost")
+
+FOLLOWERS: Final[dict[JobState, tuple[JobState, ...]]] = {
+    "queued": ("running", "cancelled"),
+    "running": ("succeeded", "failed", "cancelled", "lost"),
+    "succeeded": (),
+    "failed": ("queued",),
+    "cancelled": ("queued",),
+    "lost": ("queued",),
+}
