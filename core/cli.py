@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 
 from core.errors import BadInput, Cancelled, SlimscopeError
-from core.types import Measurement, Metric, ModelRef, Progress, Prompt, Result
+from core.types import Measurement, Metric, Progress, Prompt, Result
 
 DEFAULT_TEXT = "The quick brown fox jumps over the lazy dog. The quick brown fox jumps over the"
 

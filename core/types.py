@@ -39,6 +39,16 @@ def silent(done: float, total: float, message: str) -> None:
     """A ``Progress`` that tells nobody."""
 
 
+def part_of(progress: Progress, start: float, end: float) -> Progress:
+    """A ``Progress`` for one stage of a longer piece of work: its 0–100 % is ``start``–``end`` of the whole."""
+
+    def report(done: float, total: float, message: str) -> None:
+        share = done / total if total else 0.0
+        progress(start + (end - start) * share, 1.0, message)
+
+    return report
+
+
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text, so it can be hashed."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -1,11 +1,79 @@
-"""What a job can do: task functions by kind.
+"""What a job can do: task functions by kind, each a thin step from a job's spec onto ``core.loop``.
 
 A task is ``task(spec, context) -> result``: ``spec`` and ``result`` are plain JSON; ``context`` is a
-``core.jobs.context.TaskContext``.
+``core.jobs.context.TaskContext``. Specs are written by ``core.jobs.plan``.
 """
 
 from __future__ import annotations
 
-from core.jobs.context import Task
+from typing import Any
 
-TASKS: dict[str, Task] = {}
+from core.jobs.context import Task, TaskContext
+from core.recipe import Recipe
+from core.types import Run
+
+
+def compress(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Make a proven variant: ``{"model", "recipe", "calibration": {"source"}}``."""
+    from core.loop import make_variant
+
+    made = make_variant(
+        context.catalog,
+        spec["model"],
+        Recipe.parse(spec["recipe"]),
+        calibration=spec["calibration"]["source"],
+        progress=context.progress,
+    )
+    context.say(f"{'found' if made.reused else 'made'} {made.variant.name}: {made.variant.bytes} bytes, proven")
+    return made.summary()
+
+
+def evaluate(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Measure quality: ``{"model", "recipe" or null, "method" or null, "settings", "documents": {"source"}}``."""
+    from core.loop import evaluate_variant
+
+    return _said(
+        context,
+        evaluate_variant(
+            context.catalog,
+            _variant_id(spec, context),
+            method=spec["method"],
+            documents=spec["documents"]["source"],
+            settings=spec["settings"],
+            progress=context.progress,
+            scratch=context.scratch,
+        ),
+    )
+
+
+def profile(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Measure speed: ``{"model", "recipe" or null, "method", "settings"}``."""
+    from core.loop import profile_variant
+
+    return _said(
+        context,
+        profile_variant(
+            context.catalog,
+            _variant_id(spec, context),
+            method=spec["method"],
+            settings=spec["settings"],
+            progress=context.progress,
+        ),
+    )
+
+
+TASKS: dict[str, Task] = {"compress": compress, "evaluate": evaluate, "profile": profile}
+
+
+def _variant_id(spec: dict[str, Any], context: TaskContext) -> str:
+    """The variant a spec means: the model itself, or what its recipe makes of it."""
+    from core.loop import register
+
+    parent = register(context.catalog, spec["model"])
+    return Recipe.parse(spec["recipe"]).variant_id(parent.fingerprint) if spec["recipe"] else parent.id
+
+
+def _said(context: TaskContext, run: Run) -> dict[str, Any]:
+    for measurement in run.measurements:
+        context.say(f"{measurement.name} = {measurement.value:.6g} {measurement.unit}")
+    return {"run": run.id, "variant": run.variant_id, "status": run.status, "flags": list(run.flags)}

@@ -1,0 +1,349 @@
+"""The loop on a catalog: register a base, make a proven variant, evaluate it, profile it, compare.
+
+The command line calls these functions directly and the job worker calls them from the queue, so both mean the
+same by a variant and by a number. Every number is taken from files reloaded from disk, and each function ends by
+writing one finished, immutable run: killed at any moment, it leaves either that run or nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from core.errors import BadInput, CannotOpen
+from core.recipe import Recipe
+from core.registry import Method, get
+from core.types import (
+    Measurement,
+    Metric,
+    ModelRef,
+    Progress,
+    Result,
+    Run,
+    RunKind,
+    Variant,
+    content_hash,
+    part_of,
+    silent,
+)
+
+if TYPE_CHECKING:
+    from core.catalog.store import Catalog
+    from core.models.loaded import LoadedModel
+
+EVALUATION_OF = {"decoder": "language_modelling", "encoder": "embedding_agreement"}
+"""The evaluation of each model family when none is named."""
+
+COMPARE_COLUMNS = (
+    "variant",
+    "recipe",
+    "bytes",
+    "bits_per_weight",
+    "kl",
+    "kl_low",
+    "kl_high",
+    "bits_per_byte",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "peak_memory_bytes",
+    "proven",
+    "on_front",
+)
+"""First columns of ``compare``; further measurements follow."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A variant that was made, or found already made, with its latest reload proof."""
+
+    variant: Variant
+    proof: Run
+    reused: bool
+
+    def summary(self) -> dict[str, Any]:
+        """What the command line prints: id, bytes, recipe and proof."""
+        measured = {m.name: m.value for m in self.proof.measurements}
+        return {
+            "variant": self.variant.id,
+            "name": self.variant.name,
+            "base": self.variant.base_id,
+            "bytes": self.variant.bytes,
+            "bits_per_weight": self.variant.bits_per_weight,
+            "proven": self.variant.proven,
+            "reused": self.reused,
+            "proof": {**self.proof.conditions, **measured},
+            "recipe": json.loads(self.variant.recipe or "null"),
+            "open": f"variant:{self.variant.id}",
+        }
+
+
+def opened(catalog: Catalog, model: str, *, progress: Progress = silent) -> LoadedModel:
+    """Open what the user typed; ``variant:ID`` is looked up in the catalog. Raises ``CannotOpen``, ``BadInput``."""
+    from core.models.open import open_model
+
+    return open_model(ModelRef.parse(model), variant_folder=catalog.variant_folder, progress=progress)
+
+
+def register(catalog: Catalog, model: str, *, progress: Progress = silent) -> Variant:
+    """The catalog's entry of a model: looked up for ``variant:ID``, else opened, verified and entered as a base."""
+    ref = ModelRef.parse(model)
+    if ref.kind == "variant":
+        return catalog.variant(ref.source.removeprefix("variant:"))
+    return _enter_base(catalog, opened(catalog, model, progress=progress))
+
+
+def make_variant(
+    catalog: Catalog, model: str, recipe: Recipe, *, calibration: str = "pydoc", progress: Progress = silent
+) -> Made:
+    """Compress ``model`` by ``recipe``, save, prove the reload, and enter the variant; a proven one is reused.
+
+    Raises ``CannotCompress`` where the recipe does not apply, ``ProofFailed`` where the files do not reload.
+    """
+    from core.compress._pipeline import compress
+    from core.text.documents import load_documents
+
+    loaded = opened(catalog, model, progress=part_of(progress, 0.0, 0.15))
+    parent = _entry_of(catalog, loaded)
+    id_ = recipe.variant_id(loaded.fingerprint)
+    known = _proven(catalog, id_)
+    if known is not None:
+        return known
+    needs_text = any("calibration" in get("compress", step.method).needs for step in recipe.steps)
+    documents = load_documents(calibration, split="calibration") if needs_text else None
+    started = datetime.now(UTC)
+    incoming = catalog.artifacts.incoming()
+    try:
+        made = compress(loaded, recipe, documents, incoming / "files", part_of(progress, 0.15, 0.95))
+        artifact = catalog.put_artifact(incoming / "files")
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)
+    variant = Variant(
+        id=id_,
+        name=recipe.label(),
+        source=f"variant:{id_}",
+        base_id=parent.base_id,
+        recipe=recipe.canonical(),
+        artifact=artifact,
+        format=made.saved.format,
+        fingerprint=made.saved.fingerprint,
+        architecture=parent.architecture,
+        family=parent.family,
+        parameters=made.saved.parameters,
+        bytes=made.saved.bytes,
+        bits_per_weight=made.saved.bytes * 8 / made.saved.parameters,
+        proven=made.proof.passed,
+        parents=(parent.id,),
+    )
+    progress(0.97, 1.0, "entering the variant into the catalog")
+    catalog.add_variant(variant)
+    _record(catalog, "compress", variant.id, made.result, started, layer_stats=made.result.frame)
+    proof = _record(catalog, "proof", variant.id, made.proof.as_result(), started)
+    return Made(catalog.variant(id_), proof, reused=False)
+
+
+def evaluate_variant(
+    catalog: Catalog,
+    variant_id: str,
+    *,
+    method: str | None = None,
+    documents: str = "pydoc",
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+    scratch: Path | None = None,
+) -> Run:
+    """Measure the quality of a variant against its base, both reloaded from disk, on held-out documents.
+
+    ``settings`` values may be text. What was finished is kept in ``scratch``, from which the next call goes on. Raises ``BadInput`` where no evaluation fits the model's family.
+    """
+    from core.text.documents import load_documents
+
+    variant = catalog.variant(variant_id)
+    base = catalog.variant(variant.base_id)
+    chosen = get("evaluate", method or _evaluation_of(variant))
+    parsed = _settings(chosen, settings)
+    texts = load_documents(documents, split="evaluation")
+    started = datetime.now(UTC)
+    base_model = _reopened(catalog, base, part_of(progress, 0.0, 0.05))
+    chosen.refuse_if(base_model.missing_needs(chosen.needs), base.name)
+    model = base_model if variant.id == base.id else _reopened(catalog, variant, part_of(progress, 0.05, 0.1))
+    result = chosen.run(base_model, model, texts, part_of(progress, 0.1, 0.98), parsed)
+    return _record(catalog, "evaluate", variant.id, result, started)
+
+
+def profile_variant(
+    catalog: Catalog,
+    variant_id: str,
+    *,
+    method: str = "torch_eager",
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+) -> Run:
+    """Measure speed and memory of a variant's files in a fresh process; ``settings`` values may be text."""
+    from core.models.open import local_folder
+
+    variant = catalog.variant(variant_id)
+    chosen = get("profile", method)
+    parsed = _settings(chosen, settings)
+    folder = local_folder(
+        ModelRef.parse(variant.source), variant_folder=catalog.variant_folder, progress=progress
+    )
+    started = datetime.now(UTC)
+    result = chosen.run(folder, progress, parsed)
+    return _record(catalog, "profile", variant.id, result, started)
+
+
+def compare(
+    catalog: Catalog, *, base: str | None = None, objective: str = "bytes", quality: str | None = None
+) -> pd.DataFrame:
+    """One row per variant, bases included, with every headline measurement and whether it is on its base's front.
+
+    ``base`` narrows to one base, by id or by how it was opened. Raises ``BadInput`` for an unknown one.
+    """
+    from core.catalog.queries import tradeoff_frame
+    from core.tradeoff import objective as known_objective
+    from core.tradeoff import pareto_front, quality_column, usable
+
+    bases = [variant for variant in catalog.variants() if variant.id == variant.base_id]
+    if base is not None:
+        chosen = [b for b in bases if base in (b.id, b.source, b.name)]
+        if not chosen:
+            raise BadInput(
+                f"no base {base!r} in the catalog; there are: {', '.join(b.source for b in bases) or 'none'}"
+            )
+        bases = chosen
+    frames = []
+    for entry in bases:
+        frame = tradeoff_frame(catalog, entry.id)
+        x, y = known_objective(objective).column, known_objective(quality or quality_column(frame)).column
+        front = pareto_front(frame, x, y, eligible=usable(frame))
+        frames.append(frame.assign(base=entry.source, on_front=front.on_front))
+    rows = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    return rows.reindex(columns=[*COMPARE_COLUMNS, *(c for c in rows.columns if c not in COMPARE_COLUMNS)])
+
+
+# --- parts --------------------------------------------------------------------------------------------
+
+
+def _proven(catalog: Catalog, id_: str) -> Made | None:
+    """A variant that was already made and proven, made visible again; None if there is none."""
+    with suppress(BadInput):
+        known = catalog.variant(id_)
+        proofs = [run for run in catalog.runs(id_) if run.kind == "proof"]
+        if known.proven and known.artifact and proofs:
+            return Made(catalog.add_variant(known), proofs[0], reused=True)
+    return None
+
+
+def _entry_of(catalog: Catalog, loaded: LoadedModel) -> Variant:
+    """The catalog's entry of an opened model, made if it is a base that was not there."""
+    if loaded.ref.kind == "variant":
+        return catalog.variant(loaded.ref.source.removeprefix("variant:"))
+    return _enter_base(catalog, loaded)
+
+
+def _enter_base(catalog: Catalog, loaded: LoadedModel) -> Variant:
+    from core.models.sizes import stored_bytes
+
+    ref = loaded.ref
+    source = str(Path(ref.source).expanduser().resolve()) if ref.kind in ("folder", "gguf") else str(ref)
+    parameters = sum({p.data_ptr(): p.numel() for p in loaded.model.parameters()}.values())
+    nbytes = stored_bytes(loaded.folder)
+    return catalog.add_base(
+        source,
+        name=Path(ref.source).name if ref.kind in ("folder", "gguf") else str(ref),
+        fingerprint=loaded.fingerprint,
+        architecture=loaded.anatomy.model_type,
+        family=loaded.family,
+        parameters=parameters,
+        nbytes=nbytes,
+        bits_per_weight=nbytes * 8 / parameters,
+        format="safetensors",
+    )
+
+
+def _reopened(catalog: Catalog, variant: Variant, progress: Progress) -> LoadedModel:
+    """A variant's model from its files; refuses a base whose files changed since it was entered."""
+    loaded = opened(catalog, variant.source, progress=progress)
+    if loaded.fingerprint != variant.fingerprint:
+        raise CannotOpen(
+            f"{variant.source} is not the model that was entered as {variant.id}: its files changed since; "
+            "open it again to enter it as a base of its own"
+        )
+    return loaded
+
+
+def _evaluation_of(variant: Variant) -> str:
+    if variant.family not in EVALUATION_OF:
+        raise BadInput(f"{variant.name} is a {variant.family} model, for which there is no evaluation yet")
+    return EVALUATION_OF[variant.family]
+
+
+def _settings(method: Method, values: Mapping[str, Any] | None) -> Any:
+    """Settings from values that may be text (command line) or data (job spec)."""
+    return method.parse_text(
+        {k: v if isinstance(v, str) else json.dumps(v) for k, v in (values or {}).items()}
+    )
+
+
+def _record(
+    catalog: Catalog,
+    kind: RunKind,
+    variant_id: str,
+    result: Result,
+    started: datetime,
+    *,
+    layer_stats: pd.DataFrame | None = None,
+) -> Run:
+    """Write one finished run: its measurements, the environment behind them, and its frames."""
+    from core.catalog.store import new_id
+    from core.profile.environment import environment
+
+    source = result.provenance
+    facts = environment(source.device or "cpu")
+    conditions = {
+        "method": source.method,
+        "settings": dict(source.settings),
+        "inputs": dict(source.inputs),
+        "dtype": source.dtype,
+        "device": source.device,
+        **source.conditions,
+        "notes": list(result.notes),
+    }
+    run = Run(
+        id=new_id(),
+        kind=kind,
+        variant_id=variant_id,
+        status="flagged" if result.flags else "valid",
+        flags=result.flags,
+        protocol=source.protocol,
+        conditions=conditions,
+        environment=content_hash(facts),
+        started_at=started,
+        ended_at=datetime.now(UTC),
+        measurements=tuple(_measurement(metric) for metric in result.metrics),
+    )
+    catalog.record_run(run, environment=facts, layer_stats=layer_stats)
+    for name, frame in result.frames.items():
+        catalog.put_frame(run.id, name, frame)
+    return run
+
+
+def _measurement(metric: Metric) -> Measurement:
+    return Measurement(
+        metric.name,
+        metric.value,
+        metric.unit,
+        metric.better,
+        metric.n,
+        metric.low,
+        metric.high,
+        metric.interval,
+    )
