@@ -27,7 +27,7 @@ SELECTED = "#F08C00"
 def chart(frame: pd.DataFrame, view: View, *, pick: tuple[str, ...] = ()) -> Any:
     """The chart of a view; ``pick`` names the columns a click sends back under :data:`PICK`.
 
-    Raises ``ValueError`` for kinds that are no charts (tokens, table, flow) and for too many marks.
+    Raises ``ValueError`` for kinds that are no charts (table, flow) and for too many marks.
     """
     if view.kind not in _DRAW:
         raise ValueError(
@@ -169,9 +169,25 @@ def _scatter(frame: pd.DataFrame, view: View) -> Any:
     )
 
 
+def _tokens(frame: pd.DataFrame, view: View) -> Any:
+    """The strip of tokens as bars, for a picture of it; the page itself draws ``app.components.token_strip``."""
+    assert view.color
+    return (
+        alt.Chart(frame)
+        .mark_bar()
+        .encode(
+            x=_ordinal(alt.X, view.x, frame, view),
+            y=alt.Y(f"{view.color}:Q", title=titled(view.color, view)),
+            tooltip=_tooltip(frame, view),
+        )
+        .properties(height=200)
+    )
+
+
 _DRAW: dict[str, Callable[[pd.DataFrame, View], Any]] = {
     "heatmap": _heatmap,
     "line": _line,
     "bar": _bar,
     "scatter": _scatter,
+    "tokens": _tokens,
 }

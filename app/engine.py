@@ -6,34 +6,35 @@ here imports torch: models live in the inspector's child process, long work in j
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import streamlit as st
 
+from core.catalog import queries
+from core.catalog.store import Catalog
+from core.inspector import Inspector, Ticket
+from core.inspector.protocol import Stamp, stamp
+from core.jobs.queue import Queue
+from core.models.demo import demo_files
 from core.paths import catalog_url
-
-if TYPE_CHECKING:
-    from core.catalog.store import Catalog
-    from core.jobs.queue import Queue
-
-    from core.inspector import Inspector
-
+from core.registry import Method, Settings
+from core.types import ModelRef, Prompt, canonical_json
 
 # --- catalog ------------------------------------------------------------------------------------------
 
 
 @st.cache_resource(max_entries=2, show_spinner=False)
 def _writer(url: str) -> Catalog:
-    from core.catalog.store import Catalog
-
     return Catalog(url)
 
 
 @st.cache_resource(max_entries=2, show_spinner=False)
 def _reader(url: str) -> Catalog:
-    from core.catalog.store import Catalog
-
     _writer(url)  # creates or upgrades the schema, which a reader may not
     return Catalog(url, read_only=True)
 
@@ -57,16 +58,23 @@ def revision() -> int:
 @st.cache_data(max_entries=16, show_spinner=False)
 def tradeoff_frame(base_id: str, revision: int) -> pd.DataFrame:
     """One row per variant of a base with its measurements, as of a revision of the catalog."""
-    from core.catalog.queries import tradeoff_frame as query
+    return queries.tradeoff_frame(catalog(), base_id)
 
-    frame: pd.DataFrame = query(catalog(), base_id)
-    return frame
+
+@st.cache_data(max_entries=4, show_spinner=False)
+def bases(revision: int) -> pd.DataFrame:
+    """The bases that variants can be compared with, newest work first, as of a revision of the catalog."""
+    return queries.bases(catalog())
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def variant_detail(variant_id: str, revision: int) -> queries.VariantDetail:
+    """Everything about one variant, as of a revision of the catalog."""
+    return queries.variant_detail(catalog(), variant_id)
 
 
 @st.cache_resource(max_entries=2, show_spinner=False)
 def _queue(url: str) -> Queue:
-    from core.jobs.queue import Queue
-
     return Queue(_writer(url))
 
 
@@ -81,6 +89,54 @@ def queue() -> Queue:
 @st.cache_resource(max_entries=1, show_spinner=False)
 def inspector() -> Inspector:
     """The client of the process that holds warm models; a crash there costs an error card, not the page."""
-    from core.inspector import Inspector
-
     return Inspector()
+
+
+@st.cache_resource(max_entries=64, show_spinner=False)
+def _open(source: str, files: Stamp) -> Ticket:
+    return inspector().submit("open", ModelRef.parse(source))
+
+
+@st.cache_resource(max_entries=64, show_spinner=False)
+def _probe(source: str, files: Stamp, method: str, text: str, second: str | None, settings: str) -> Ticket:
+    return inspector().submit(
+        "probe", method, ModelRef.parse(source), Prompt(text, second), json.loads(settings)
+    )
+
+
+@dataclass(frozen=True)
+class Call:
+    """A ticket that every session and rerun shares, and how to ask again after it failed."""
+
+    ticket: Ticket
+    again: Callable[[], None]
+
+
+def open_model(source: str) -> Call:
+    """Open a model in the inspector, or find it open; its result is a ``ModelCard``. Raises ``BadInput``."""
+    arguments = source, stamp(ModelRef.parse(source))
+    return Call(_open(*arguments), partial(_open.clear, *arguments))
+
+
+def probe(source: str, method: Method, prompt: Prompt, settings: Settings) -> Call:
+    """Run a probe in the inspector; its result is a ``Result``. Raises ``BadInput``."""
+    values = canonical_json(settings.model_dump(mode="json"))
+    arguments = source, stamp(ModelRef.parse(source)), method.id, prompt.text, prompt.second, values
+    return Call(_probe(*arguments), partial(_probe.clear, *arguments))
+
+
+CONVERSION_S_PER_GB = 290.0
+"""Seconds to convert a GGUF file, per GB of it: 27 s for the 98 MB of the demo on two cores."""
+OPENING_S = 8.0
+"""Seconds for a fresh inspector to start and open a small model from safetensors."""
+
+
+def opening_seconds(source: str) -> float:
+    """How long opening a model is expected to take when it was never opened, from the size of its GGUF file."""
+    ref = ModelRef.parse(source)
+    path = (
+        demo_files(ref.source.removeprefix("demo:")) if ref.kind == "demo" else Path(ref.source).expanduser()
+    )
+    if path.suffix.lower() != ".gguf" or not path.is_file():
+        return OPENING_S
+    return OPENING_S + CONVERSION_S_PER_GB * path.stat().st_size / 1e9

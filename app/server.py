@@ -108,7 +108,6 @@ def artifact(request: Request) -> FileResponse:
 async def lifespan(app: st.App) -> AsyncIterator[dict[str, Any]]:
     """Import what the first page needs, start the supervisor, and freeze what is now permanent."""
     import altair  # noqa: F401
-
     from core.jobs.supervisor import ensure_supervisor
 
     ensure_supervisor(catalog_url())

@@ -1,0 +1,58 @@
+"""Waiting for the inspector without blocking the page: at once if it is warm, else progress with time left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from app import format
+from app.components.error_card import error_card
+from app.text import esc
+from core.errors import SlimscopeError
+
+if TYPE_CHECKING:
+    from core.inspector import Ticket, TicketProgress
+
+INLINE_WAIT_S = 1.0
+"""A warm call is answered within this, and then the page is drawn in one go instead of twice."""
+POLL_S = 0.5
+
+
+def settled(ticket: Ticket, *, key: str, guess_s: float | None, retry: Callable[[], None]) -> Any | None:
+    """The ticket's result, or None after drawing its progress or its error.
+
+    ``guess_s`` is the time expected beforehand, for calls that never ran; the page reruns when the call ends.
+    """
+    try:
+        return ticket.result(timeout=INLINE_WAIT_S)
+    except TimeoutError:
+        st.fragment(lambda: _progress(ticket, guess_s), run_every=POLL_S)()
+    except SlimscopeError as error:
+        error_card(error, key=f"{key}_error", retry=retry)
+    return None
+
+
+def _progress(ticket: Ticket, guess_s: float | None) -> None:
+    if ticket.done:
+        st.rerun()
+    fraction, text = progress_line(ticket.progress, guess_s)
+    with st.container(border=True):
+        st.progress(fraction, text=text)
+
+
+def progress_line(progress: TicketProgress, guess_s: float | None) -> tuple[float, str]:
+    """How far a call is, 0–1, and the sentence beside the bar, as Markdown."""
+    expected = progress.estimate_s or guess_s
+    by_steps = progress.done / progress.total if progress.total else 0.0
+    by_time = progress.elapsed_s / expected if expected else 0.0
+    fraction = min(0.97, max(by_steps, by_time))
+    message = esc(progress.message[:1].upper() + progress.message[1:])
+    if by_steps > 0.05:
+        left = progress.elapsed_s * (1 - by_steps) / by_steps
+    elif expected:
+        left = expected - progress.elapsed_s
+    else:
+        return fraction, f"{message} · {format.seconds(progress.elapsed_s)} so far"
+    return fraction, f"{message} · " + (f"about {format.seconds(left)} left" if left > 1 else "a moment more")

@@ -1,0 +1,72 @@
+"""The command line and the short script that give the numbers on the screen.
+
+A method's script is ``app/scripts/<id>.py``: real Python on public libraries that runs by itself, with its
+inputs as constants at the top, which are replaced here by those of the page. A method without one gets the
+same call through Slimscope's own engine.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from core.registry import Method, Settings
+
+SCRIPTS = Path(__file__).parent / "scripts"
+
+_OWN_ENGINE = '''"""{title}, through Slimscope's own engine."""
+from core.models.open import open_model
+from core.registry import get
+from core.types import ModelRef, Prompt
+
+method = get("{kind}", "{id}")
+settings = method.parse({settings!r})
+result = method.run(open_model(ModelRef.parse({source!r})), Prompt({text!r}), settings)
+print(result.frame)
+'''
+
+
+def probe_command(method: Method, source: str, text: str, settings: Settings) -> str:
+    """The ``slimscope probe`` line with the settings that differ from their defaults."""
+    parts = ["slimscope", "probe", method.id, "--model", source, "--text", text]
+    for name, value in changed(settings).items():
+        parts += ["--set", f"{name}={value}"]
+    return shlex.join(parts)
+
+
+def probe_script(method: Method, source: str, folder: str, text: str, settings: Settings) -> str:
+    """The Python script; ``folder`` is where plain transformers finds the model: a hub id or a folder."""
+    path = SCRIPTS / f"{method.id}.py"
+    if not path.is_file():
+        return _OWN_ENGINE.format(
+            title=method.title,
+            kind=method.kind,
+            id=method.id,
+            settings=changed(settings),
+            source=source,
+            text=text,
+        )
+    constants = {"MODEL": folder, "TEXT": text}
+    constants |= {name.upper(): value for name, value in settings.model_dump(mode="json").items()}
+    return with_constants(path.read_text(encoding="utf-8"), constants)
+
+
+def with_constants(script: str, constants: Mapping[str, Any]) -> str:
+    """A script with the right-hand sides of its ``NAME = …`` lines replaced, where ``constants`` has the name."""
+
+    def replaced(line: re.Match[str]) -> str:
+        name = line[1]
+        return f"{name} = {constants[name]!r}" if name in constants else line[0]
+
+    return re.sub(r"^([A-Z_]+) = .*$", replaced, script, flags=re.MULTILINE)
+
+
+def changed(settings: Settings) -> dict[str, Any]:
+    """The settings that differ from their defaults."""
+    values = settings.model_dump(mode="json")
+    return {
+        name: value for name, value in values.items() if value != type(settings).model_fields[name].default
+    }

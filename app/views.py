@@ -1,0 +1,150 @@
+"""Frames on their way to the screen: plain functions from frame to frame or record, tested without a browser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from pandas.api.types import is_float_dtype
+
+from app import format
+from app.charts import MARK_LIMIT, titled
+from app.text import visible
+from core.types import Provenance, View
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A heat map as a matrix: R row keys, C column keys, their values, and what each cell says."""
+
+    row_keys: tuple[object, ...]
+    col_keys: tuple[object, ...]
+    rows: tuple[str, ...]
+    cols: tuple[str, ...]
+    values_RC: NDArray[np.float64]
+    words: tuple[tuple[str, ...], ...]
+    hover: tuple[tuple[str, ...], ...]
+
+    def keys(self, row: int, col: int) -> tuple[object, object]:
+        """The frame's own values of a cell."""
+        return self.row_keys[row], self.col_keys[col]
+
+    def index(self, row_key: str, col_key: str) -> tuple[int, int] | None:
+        """A cell by the text of its keys, as an address carries them; None if there is no such cell."""
+        rows, cols = list(map(str, self.row_keys)), list(map(str, self.col_keys))
+        return (rows.index(row_key), cols.index(col_key)) if row_key in rows and col_key in cols else None
+
+
+def to_grid(frame: pd.DataFrame, view: View) -> Grid:
+    """Pivot a heat-map frame; a cell the frame does not have is NaN and empty. Each cell may appear once."""
+    assert view.y
+    assert view.color
+    wide = frame.pivot(index=view.y, columns=view.x, values=view.color)
+    text = frame.assign(_hover=hover_lines(frame, view))
+    hover = text.pivot(index=view.y, columns=view.x, values="_hover").fillna("")
+    if view.text:
+        shown = frame.assign(_word=frame[view.text].astype(str).map(visible))
+        words = shown.pivot(index=view.y, columns=view.x, values="_word").fillna("")
+    else:
+        words = hover.map(lambda _: "")
+    return Grid(
+        row_keys=tuple(wide.index.tolist()),
+        col_keys=tuple(wide.columns.tolist()),
+        rows=axis_names(frame, view, view.y, wide.index.tolist()),
+        cols=axis_names(frame, view, view.x, wide.columns.tolist()),
+        values_RC=wide.to_numpy(dtype=np.float64),
+        words=tuple(map(tuple, words.to_numpy().tolist())),
+        hover=tuple(map(tuple, hover.to_numpy().tolist())),
+    )
+
+
+def axis_names(frame: pd.DataFrame, view: View, axis: str, keys: Sequence[object]) -> tuple[str, ...]:
+    """Each key of an axis, followed by the token it stands for where the frame has one token per key.
+
+    Such a column is called ``{axis}_token``, or ``token`` for the x axis.
+    """
+    candidates = [f"{axis}_token", *(["token"] if axis == view.x else [])]
+    column = next((name for name in candidates if name in frame and name != view.text), None)
+    if column is None:
+        return tuple(map(str, keys))
+    pairs = frame[[axis, column]].drop_duplicates()
+    if pairs[axis].duplicated().any():
+        return tuple(map(str, keys))
+    token: dict[object, object] = dict(pairs.itertuples(index=False))
+    return tuple(f"{key} {visible(str(token[key]))}" for key in keys)
+
+
+def hover_lines(frame: pd.DataFrame, view: View) -> list[str]:
+    """One tooltip per row: every column of the view as ``Name: value``."""
+    columns = [
+        (titled(column, view), frame[column].tolist(), is_float_dtype(frame[column]))
+        for column in view.columns
+    ]
+    return [
+        "\n".join(f"{name}: {_cell(values[i], floating)}" for name, values, floating in columns)
+        for i in range(len(frame))
+    ]
+
+
+def _cell(value: object, floating: bool) -> str:
+    if floating:
+        return format.number(float(value))  # type: ignore[arg-type]
+    return visible(str(value))
+
+
+def cell_rows(frame: pd.DataFrame, view: View, row_key: object, col_key: object) -> pd.DataFrame:
+    """The rows of a frame that belong to one cell of a map with the same axes."""
+    assert view.y
+    return frame[(frame[view.y] == row_key) & (frame[view.x] == col_key)]
+
+
+def trajectory(frame: pd.DataFrame, view: View, col_key: object) -> pd.DataFrame:
+    """One column of a map from top to bottom: how its value changes along the rows."""
+    assert view.y
+    return frame[frame[view.x] == col_key].sort_values(view.y)
+
+
+def thinned(frame: pd.DataFrame, limit: int = MARK_LIMIT) -> pd.DataFrame:
+    """At most ``limit`` rows, evenly spaced and both ends kept; the frame itself when it fits."""
+    if len(frame) <= limit:
+        return frame
+    return frame.iloc[np.linspace(0, len(frame) - 1, limit).round().astype(int)]
+
+
+def map_groups(views: Sequence[View]) -> list[tuple[View, ...]]:
+    """Heat maps that share frame and axes: each group is one picture whose colour can be chosen."""
+    groups: dict[tuple[str, str, str | None], list[View]] = {}
+    for view in views:
+        if view.kind == "heatmap":
+            groups.setdefault((view.frame, view.x, view.y), []).append(view)
+    return [tuple(group) for group in groups.values()]
+
+
+def is_detail(view: View, group: Sequence[View]) -> bool:
+    """Whether a view shows one cell of a group of maps: a table with the same axes in another frame."""
+    axes = group[0]
+    return view.kind == "table" and view.frame != axes.frame and (view.x, view.y) == (axes.x, axes.y)
+
+
+def display_names(columns: Sequence[str], view: View) -> dict[str, str]:
+    """Column headers: words with units instead of identifiers."""
+    return {column: titled(column, view) for column in columns}
+
+
+def provenance_line(provenance: Provenance) -> str:
+    """How a result came to be, in one line of plain text."""
+    parts = [provenance.dtype, provenance.device]
+    if provenance.attention_kernel:
+        parts.append(f"{provenance.attention_kernel} attention")
+    if provenance.conditions.get("fp32_path"):
+        parts.append(f"fp32 path {provenance.conditions['fp32_path']}")
+    if provenance.conditions.get("threads"):
+        parts.append(f"{provenance.conditions['threads']} threads")
+    if provenance.exactness_gap is not None:
+        gap = "0" if provenance.exactness_gap == 0 else f"{provenance.exactness_gap:.1e}"
+        parts.append(f"exactness gap {gap}")
+    parts.append(format.seconds(provenance.seconds))
+    return " · ".join(part for part in parts if part)
