@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal
 
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from core import paths
-from core.catalog.engine import explained, open_engine, parse_url, sqlite_file
+from core.catalog.engine import explained, home, open_engine, parse_url, sqlite_file
 from core.catalog.migrate import bring_up_to_date, refuse_stale
 from core.catalog.tables import Meta
 from core.errors import CatalogError
@@ -30,16 +28,12 @@ class Database:
         """Open it; raises ``CatalogError`` when it is missing (reader), newer than the code, or unreachable."""
         self.url = url
         self._parsed = parse_url(self.url)
+        self.folder, self.name = home(self._parsed)
+        """Where artifacts, job logs and scratch folders are, and the catalog's name among others there."""
         file = sqlite_file(self._parsed)
-        self.folder: Path = paths.data_dir() if file is None else file.parent
-        """Where artifacts, job logs and scratch folders are."""
-        self.name: str = "catalog" if file is None else file.stem
-        if file is not None:
-            if read_only and not file.exists():
-                raise CatalogError(
-                    f"there is no catalog at {file}; any slimscope command that writes makes one"
-                )
-            self.folder.mkdir(parents=True, exist_ok=True)
+        if read_only and file is not None and not file.exists():
+            raise CatalogError(f"there is no catalog at {file}; any slimscope command that writes makes one")
+        self.folder.mkdir(parents=True, exist_ok=True)
         with explained(self._parsed):
             self._engine = open_engine(self._parsed, read_only=read_only)
             if read_only:

@@ -15,8 +15,9 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
+from core import paths
 from core.errors import CatalogError
-from core.types import canonical_json
+from core.types import canonical_json, content_hash
 
 BUSY_TIMEOUT_MS = 15_000
 _PRAGMAS = (
@@ -93,3 +94,11 @@ def sqlite_file(url: URL) -> Path | None:
         return None
     assert url.database is not None
     return Path(url.database).expanduser().absolute()
+
+
+def home(url: URL) -> tuple[Path, str]:
+    """The folder of a catalog's artifacts, logs and scratch, and a name for the catalog among others there."""
+    file = sqlite_file(url)
+    if file is not None:
+        return file.parent, file.stem
+    return paths.data_dir(), f"catalog-{content_hash(url.render_as_string(hide_password=True))[:8]}"

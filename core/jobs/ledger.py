@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, aliased
 from core.catalog.records import now
 from core.catalog.tables import JobEvent, JobRow
 from core.errors import BadInput
-from core.jobs.states import FOLLOWERS
+from core.jobs.states import ENDING, FOLLOWERS
 from core.types import Job, JobState
 
 
@@ -68,7 +68,7 @@ def claim(session: Session, *, host: str, workers: int) -> JobRow | None:
     Ready: queued, and its predecessor (if any) has succeeded. The oldest ready job is never overtaken: one with a
     token waits until the host is idle and then keeps everything else waiting.
     """
-    before, running = aliased(JobRow), aliased(JobRow)
+    before, other = aliased(JobRow), aliased(JobRow)
     ready = or_(
         JobRow.depends_on.is_(None),
         select(before.id).where(before.id == JobRow.depends_on, before.state == "succeeded").exists(),
@@ -80,8 +80,8 @@ def claim(session: Session, *, host: str, workers: int) -> JobRow | None:
         .limit(1)
         .scalar_subquery()
     )
-    on_host = select(func.count()).where(running.state == "running", running.host == host)
-    exclusive = on_host.where(running.token.is_not(None)).scalar_subquery()
+    on_host = select(func.count()).where(other.state == "running", other.host == host)
+    exclusive = on_host.where(other.token.is_not(None)).scalar_subquery()
     room = or_(
         on_host.scalar_subquery() == 0,
         and_(JobRow.token.is_(None), exclusive == 0, on_host.scalar_subquery() < workers),
@@ -169,7 +169,9 @@ def _block_dependants(session: Session, row: JobRow) -> None:
     waiting = select(JobRow).where(JobRow.depends_on == row.id, JobRow.state == "queued")
     for dependant in session.scalars(waiting).all():
         dependant.blocked = True
-        reason = f"not started: it waits for job {row.id} ({row.kind}), which has {row.state}; retry that job"
+        reason = (
+            f"not started: it waits for job {row.id} ({row.kind}), which {ENDING[row.state]}; retry that job"
+        )
         end(session, dependant, "cancelled", message="cancelled with the job it waits for", error=reason)
 
 
@@ -188,8 +190,19 @@ def requeue(session: Session, row: JobRow, message: str, *, attempts: int) -> No
     row.cancel_requested = row.blocked = False
     row.ended_at = row.heartbeat_at = row.pid = row.pid_created = None
     row.done = row.total = 0.0
-    row.message = message
+    row.message, row.error = message, ""
     note(session, row, message)
+
+
+def any_queued(session: Session) -> bool:
+    """Whether there may be something to claim."""
+    return session.scalars(select(JobRow.id).where(JobRow.state == "queued").limit(1)).first() is not None
+
+
+def running(session: Session, host: str) -> list[JobRow]:
+    """The jobs that are running on a host."""
+    query = select(JobRow).where(JobRow.state == "running", JobRow.host == host).order_by(JobRow.started_at)
+    return list(session.scalars(query))
 
 
 def lose(session: Session, row: JobRow, error: str, *, exit_code: int | None) -> None:
@@ -198,8 +211,7 @@ def lose(session: Session, row: JobRow, error: str, *, exit_code: int | None) ->
         end(session, row, "cancelled", message="cancelled", exit_code=exit_code)
     elif row.attempt < row.max_attempts:
         _move(row, "lost")
-        row.error, row.exit_code = error, exit_code
         note(session, row, error)
-        requeue(session, row, "its worker was lost; trying again", attempts=row.max_attempts)
+        requeue(session, row, f"trying again: {error}", attempts=row.max_attempts)
     else:
         end(session, row, "lost", error=error, exit_code=exit_code)

@@ -19,7 +19,7 @@ from core.catalog.store import Catalog
 from core.catalog.tables import JobEvent, JobRow
 from core.errors import BadInput
 from core.jobs import ledger
-from core.jobs.states import ACTIVE, ENDED, RETRIABLE
+from core.jobs.states import ACTIVE, ENDED, ENDING, RETRIABLE
 from core.types import Job
 
 MAX_ATTEMPTS = 2
@@ -55,7 +55,7 @@ class Queue:
         with self.catalog.write("jobs_revision") as session:
             before = None if depends_on is None else ledger.get(session, depends_on)
             if before is not None and before.state in RETRIABLE:
-                raise BadInput(f"job {before.id} ({before.kind}) has {before.state}; retry it first")
+                raise BadInput(f"job {before.id} ({before.kind}) {ENDING[before.state]}; retry it first")
             row = JobRow(
                 id=id_,
                 group_id=group_id or (before.group_id if before else id_),
@@ -142,7 +142,7 @@ class Queue:
             before = None if row.depends_on is None else ledger.get(session, row.depends_on)
             if before is not None and before.state in RETRIABLE:
                 raise BadInput(
-                    f"job {id_} waits for job {before.id} ({before.kind}), which has {before.state}; retry that"
+                    f"job {id_} waits for job {before.id} ({before.kind}), which {ENDING[before.state]}; retry that"
                 )
             ledger.requeue(session, row, "retried", attempts=row.attempt + MAX_ATTEMPTS)
             ledger.unblock(session, row)

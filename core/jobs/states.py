@@ -30,3 +30,11 @@ FOLLOWERS: Final[dict[JobState, tuple[JobState, ...]]] = {
     "cancelled": ("queued",),
     "lost": ("queued",),
 }
+
+ENDING: Final[dict[JobState, str]] = {
+    "succeeded": "has succeeded",
+    "failed": "has failed",
+    "cancelled": "was cancelled",
+    "lost": "was lost",
+}
+"""How a job's end is told in a sentence."""
