@@ -24,7 +24,9 @@ def compress(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
         calibration=spec["calibration"]["source"],
         progress=context.progress,
     )
-    context.say(f"{'found' if made.reused else 'made'} {made.variant.name}: {made.variant.bytes} bytes, proven")
+    context.say(
+        f"{'found' if made.reused else 'made'} {made.variant.name}: {made.variant.bytes} bytes, proven"
+    )
     return made.summary()
 
 

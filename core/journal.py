@@ -1,0 +1,44 @@
+"""Finished parts of a long piece of work, so that a killed process loses only the part it was in.
+
+One JSON line per part in an append-only file; a line that a crash cut short is not counted. Keys are content
+hashes of everything a part depends on, so a part is taken up again only where nothing changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """The parts that are finished, by key; kept in ``file``, or only in memory without one."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file
+        self._parts: dict[str, dict[str, Any]] = {}
+        if file is not None and file.exists():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # cut short by a crash
+                    part = json.loads(line)
+                    self._parts[part["key"]] = part["value"]
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The part of that key, or None where it has yet to be done."""
+        return self._parts.get(key)
+
+    def put(self, key: str, value: dict[str, Any]) -> None:
+        """Keep a finished part, durably."""
+        self._parts[key] = value
+        if self._file is None:
+            return
+        torn = self._file.exists() and not self._file.read_bytes().endswith(b"\n")
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(("\n" if torn else "") + json.dumps({"key": key, "value": value}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
