@@ -192,7 +192,7 @@ def _refuse_projected_opt(config: Any, architecture: str) -> None:
 
 def _find_stack(model: Any, n_layers: int) -> tuple[str, Any]:
     """The one outermost list of layers whose length is the config's."""
-    import torch.nn as nn
+    from torch import nn
 
     lists = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     outer = [(p, m) for p, m in lists if not any(p.startswith(f"{q}.") for q, _ in lists)]

