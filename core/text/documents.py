@@ -1,0 +1,198 @@
+"""Evaluation and calibration text as documents: Python's own reference prose, a file, or a hub data set.
+
+Two promises, both tested. *Disjoint*: no paragraph of ``MIN_SHARED`` characters or more stands in two
+documents, so nothing seen in calibration is met again in evaluation, and a bootstrap over documents resamples
+independent things. (Topic names alone do not give that: CPython's ``compound`` topic contains ``try``, ``for``
+and ``with`` word for word.) *Stable*: which half a document falls in depends on its own key only, so adding
+text never moves a document from calibration to evaluation.
+
+Knows nothing about tokens or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from core.errors import BadInput
+from core.text._files import read_text
+from core.types import Documents
+
+Split = Literal["evaluation", "calibration"]
+MIN_BYTES = 500
+"""Shorter documents are left out: they would be all beginning and no context."""
+CHUNK_BYTES = 4096
+"""A ``.txt`` file is cut between paragraphs into documents of about this size."""
+MIN_SHARED = 80
+"""Characters from which on a paragraph found in two documents counts as shared text."""
+MAX_ROWS = 20_000
+"""Rows read from a hub data set at most."""
+CHOICES = "pydoc, a .txt or .jsonl file, or hub:ID[:CONFIG][:SPLIT]"
+
+
+class _Keyed(NamedTuple):
+    """A document and the key whose hash decides its half and its place."""
+
+    key: str
+    text: str
+
+
+def load_documents(source: str, *, split: Split = "evaluation", limit: int | None = None) -> Documents:
+    """The documents of one half of ``source``, in an order fixed by content.
+
+    ``source`` is ``pydoc`` (CPython's ``pydoc_data.topics``; differs between Python versions, and its
+    fingerprint with it), a ``.txt`` file (cut between paragraphs into documents of about 4 KiB), a ``.jsonl``
+    file (one object with ``"text"`` per line), or ``hub:ID[:CONFIG][:SPLIT]`` (rows of a data set by its
+    ``text`` column; a local folder works as ID). ``limit`` keeps the first that many documents.
+    Raises ``BadInput`` in one sentence for anything that is not usable text.
+    """
+    if split not in get_args(Split):
+        raise BadInput(f"split {split!r} is not known; choose evaluation or calibration")
+    if limit is not None and limit < 1:
+        raise BadInput(f"limit {limit} is too small; ask for at least one document")
+    name, licence, found = _read(source.strip())
+    chosen = [document for document in found if half(document.key) == split]
+    if not chosen:
+        raise BadInput(
+            f"{name} has no text for {split}: {len(found)} documents of at least {MIN_BYTES} bytes, all in the "
+            f"other half; give more text (a few times {CHUNK_BYTES} bytes)"
+        )
+    chosen.sort(key=lambda document: _digest(document.key))
+    return Documents(name, split, tuple(document.text for document in chosen[:limit]), licence)
+
+
+def half(key: str) -> Split:
+    """Which half the document with this key belongs to: the parity of its hash, nothing else."""
+    return "evaluation" if _digest(key)[0] % 2 == 0 else "calibration"
+
+
+def paragraphs(text: str) -> list[str]:
+    """The blank-line separated blocks of a text, in order, without outer blank lines."""
+    blocks: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        if line.strip():
+            blocks[-1].append(line)
+        elif blocks[-1]:
+            blocks.append([])
+    return ["\n".join(block) for block in blocks if block]
+
+
+def _read(source: str) -> tuple[str, str, list[_Keyed]]:
+    """Name, licence and disjoint documents of a source."""
+    if source == "pydoc":
+        name, licence = f"pydoc topics of Python {platform.python_version()}", "PSF-2.0"
+        found = _without_repeats(_pydoc_topics())
+    elif source.startswith("hub:"):
+        name, licence = source, ""
+        found = _without_repeats(_hub_rows(source))
+    else:
+        path = Path(source).expanduser()
+        name, licence = path.name, ""
+        if path.suffix == ".txt":
+            found = _chunks(read_text(path, "text file"))
+        elif path.suffix == ".jsonl":
+            found = _without_repeats(_json_lines(path))
+        elif path.is_dir():
+            raise BadInput(f"text {source} is a folder; give {CHOICES}")
+        else:
+            raise BadInput(f"text {source!r} is not known; give {CHOICES}")
+    if not found:
+        raise BadInput(f"{name} has no document of at least {MIN_BYTES} bytes; give longer text")
+    return name, licence, found
+
+
+def _pydoc_topics() -> Iterator[_Keyed]:
+    """CPython's language reference topics, shortest first, so that a topic is preferred to its collection."""
+    from pydoc_data.topics import topics
+
+    for name, text in sorted(topics.items(), key=lambda item: (len(item[1]), item[0])):
+        yield _Keyed(name, text.strip() + "\n")
+
+
+def _json_lines(path: Path) -> Iterator[_Keyed]:
+    for number, line in enumerate(read_text(path, "text file").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise BadInput(f'{path} line {number} is not {{"text": "…"}}; give one such JSON object per line')
+        yield _Keyed(text, text)
+
+
+def _hub_rows(source: str) -> Iterator[_Keyed]:
+    """Rows of a data set, streamed: nothing is run, and no more is fetched than is read."""
+    import datasets
+
+    parts = source.removeprefix("hub:").split(":")
+    if not parts[0] or len(parts) > 3:
+        raise BadInput(
+            f"text {source!r} is not understood; write hub:ID, hub:ID:SPLIT or hub:ID:CONFIG:SPLIT"
+        )
+    config = parts[1] if len(parts) == 3 else None
+    wanted = parts[-1] if len(parts) > 1 else None
+    try:
+        found = datasets.load_dataset(parts[0], config, streaming=True)
+        if wanted is not None and wanted not in found:
+            raise BadInput(f"{source}: no split {wanted!r}; there are: {', '.join(map(str, found))}")
+        rows = found[wanted if wanted is not None else next(iter(found))]
+        for row in islice(rows, MAX_ROWS):
+            text = row.get("text")
+            if not isinstance(text, str):
+                raise BadInput(f"{source} has no text column named 'text'; its columns are: {', '.join(row)}")
+            yield _Keyed(text, text)
+    except BadInput:
+        raise
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        said = str(error).strip().split("\n")[0]
+        raise BadInput(
+            f"data set {source} cannot be read ({type(error).__name__}: {said}); check the id and the network, "
+            "or give a local .txt or .jsonl file"
+        ) from None
+
+
+def _without_repeats(documents: Iterable[_Keyed]) -> list[_Keyed]:
+    """Documents that are long enough and share no long paragraph with one kept before."""
+    seen: set[bytes] = set()
+    kept = []
+    for document in documents:
+        long = _long_paragraphs(document.text)
+        if len(document.text.encode()) >= MIN_BYTES and seen.isdisjoint(long):
+            seen |= long
+            kept.append(document)
+    return kept
+
+
+def _chunks(text: str) -> list[_Keyed]:
+    """A running text as documents of at least ``CHUNK_BYTES`` where it can be cut; repeated paragraphs go."""
+    seen: set[bytes] = set()
+    chunks: list[str] = []
+    block: list[str] = []
+    for paragraph in paragraphs(text):
+        long = _long_paragraphs(paragraph)
+        if long & seen:
+            continue
+        seen |= long
+        block.append(paragraph)
+        if sum(len(part.encode()) for part in block) >= CHUNK_BYTES:
+            chunks.append("\n\n".join(block) + "\n")
+            block = []
+    chunks.append("\n\n".join(block) + "\n")
+    return [_Keyed(chunk, chunk) for chunk in chunks if len(chunk.encode()) >= MIN_BYTES]
+
+
+def _long_paragraphs(text: str) -> set[bytes]:
+    """Hashes of the paragraphs that are long enough to matter, blind to spaces and line breaks."""
+    flat = (" ".join(paragraph.split()) for paragraph in paragraphs(text))
+    return {_digest(paragraph) for paragraph in flat if len(paragraph) >= MIN_SHARED}
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
