@@ -33,7 +33,12 @@ class Database:
         file = sqlite_file(self._parsed)
         if read_only and file is not None and not file.exists():
             raise CatalogError(f"there is no catalog at {file}; any slimscope command that writes makes one")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CatalogError(
+                f"{self.folder} cannot be created ({error.strerror}); choose another place by SLIMSCOPE_CATALOG"
+            ) from None
         with explained(self._parsed):
             self._engine = open_engine(self._parsed, read_only=read_only)
             if read_only:

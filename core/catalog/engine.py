@@ -51,9 +51,14 @@ def open_engine(url: URL, *, read_only: bool = False, rebuilding: bool = False) 
     arguments: dict[str, Any] = {}
     if not sqlite and read_only:
         arguments["options"] = "-c default_transaction_read_only=on"
-    engine = create_engine(
-        url, connect_args=arguments, json_serializer=canonical_json, pool_pre_ping=not sqlite
-    )
+    try:
+        engine = create_engine(
+            url, connect_args=arguments, json_serializer=canonical_json, pool_pre_ping=not sqlite
+        )
+    except ModuleNotFoundError as error:
+        raise CatalogError(
+            f"catalogs of {url.drivername} need the Python package {error.name}; install slimscope[postgres]"
+        ) from None
     if sqlite:
         _configure_sqlite(engine, read_only=read_only, rebuilding=rebuilding)
     return engine
@@ -83,9 +88,8 @@ def explained(url: URL) -> Iterator[None]:
         yield
     except DBAPIError as error:
         where = url.render_as_string(hide_password=True)
-        raise CatalogError(
-            f"catalog {where}: {error.orig}; check that it is reachable and not damaged"
-        ) from error
+        said = str(error.orig).splitlines()[0]
+        raise CatalogError(f"catalog {where}: {said}; check that it is reachable and not damaged") from error
 
 
 def sqlite_file(url: URL) -> Path | None:
