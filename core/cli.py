@@ -72,7 +72,8 @@ def command_methods(args: argparse.Namespace) -> Any:
     from core.registry import PACKAGES, methods
 
     kinds = [args.kind] if args.kind else list(PACKAGES)
-    return [method.describe() for kind in kinds for method in methods(kind).values()]
+    found = [method.describe() for kind in kinds for method in methods(kind).values()]
+    return found if args.json else pd.DataFrame(found)[["kind", "id", "title", "needs", "summary"]]
 
 
 def command_probe(args: argparse.Namespace) -> Any:
