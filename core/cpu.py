@@ -26,9 +26,12 @@ def cpu_model() -> str:
 @cache
 def instruction_sets() -> tuple[str, ...]:
     """The instruction sets of interest to matrix kernels that this processor has; empty if not told."""
-    info = _cpuinfo()
-    present = set((info.get("flags") or info.get("Features") or "").split())
-    return tuple(name for name in (*_X86, *_X86_TILES, *_ARM) if name in present)
+    return tuple(name for name in (*_X86, *_X86_TILES, *_ARM) if name in _flags())
+
+
+def is_virtual_machine() -> bool:
+    """Whether a hypervisor says that it is there (x86 only): neighbours on the same host are then invisible."""
+    return "hypervisor" in _flags()
 
 
 def physical_cores() -> int:
@@ -36,6 +39,11 @@ def physical_cores() -> int:
     usable = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else None
     known = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     return min(known, usable or known)
+
+
+def _flags() -> frozenset[str]:
+    info = _cpuinfo()
+    return frozenset((info.get("flags") or info.get("Features") or "").split())
 
 
 @cache
