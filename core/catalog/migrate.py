@@ -69,8 +69,11 @@ def _back_up(url: URL, engine: Engine, current: str) -> Path | None:
     if file is None:
         return None  # a server's backups are its administrator's
     target = file.with_name(f"{file.stem}.schema-{current}.{datetime.now(UTC):%Y%m%dT%H%M%S}.backup.sqlite")
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.exec_driver_sql("VACUUM INTO ?", (str(target),))
+    connection = engine.raw_connection()  # not through SQLAlchemy, which would begin a transaction
+    try:
+        connection.cursor().execute("VACUUM INTO ?", (str(target),))
+    finally:
+        connection.close()
     return target
 
 
