@@ -1,0 +1,124 @@
+"""Head scores against loops, and against a model whose heads are known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from core.capture import capture
+from core.errors import BadInput
+from core.models.anatomy_verify import eager_attention
+from core.probes import attention_pattern as module
+from core.probes.attention_pattern import AttentionPatternSettings, attention_pattern
+from core.types import Prompt
+from tests.induction import induction_model, repeated_prompt
+from tests.references.slow_probes import head_scores_by_hand
+from tests.tiny import FAMILIES, tiny_model
+
+PROMPT = Prompt(
+    "John gave Mary a drink, and John gave Mary a transformer that reads one two three four tokens"
+)
+TEXT_FAMILIES = [family for family in FAMILIES if family != "vit"]
+
+
+def head(frame: pd.DataFrame, layer: int, index: int) -> pd.Series:
+    return frame.set_index(["layer", "head"]).loc[(layer, index)]
+
+
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
+def test_rows_sum_to_one_and_nothing_looks_ahead(family: str) -> None:
+    loaded = tiny_model(family)
+    kernel = loaded.model.config._attn_implementation
+    result = attention_pattern(loaded, PROMPT, AttentionPatternSettings(layer=1, head=2))
+    assert result.provenance.exactness_gap == pytest.approx(0, abs=2e-6)
+    assert len(result.frame) == loaded.anatomy.n_layers * loaded.anatomy.n_heads
+    assert loaded.model.config._attn_implementation == kernel, "the model's own kernel must be put back"
+    rows = result.frames["pattern"].groupby("query")["weight"].sum()
+    assert rows.to_numpy() == pytest.approx(1, abs=1e-5)
+    ahead = result.frames["pattern"].query("key > query")
+    assert ahead.empty == (loaded.family == "decoder")
+
+
+def test_the_gap_sees_a_head_that_looks_ahead() -> None:
+    loaded = tiny_model("llama")
+    scorer = module._Scorer(module.encode(loaded, PROMPT), causal=True, device="cpu")
+    n = module.encode(loaded, PROMPT).n_tokens
+    scorer.score(torch.full((1, n, n), 1 / n), layer=0, window=None)
+    assert scorer.gap == pytest.approx(1 / n)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_scores_equal_the_slow_reference(family: str) -> None:
+    loaded = tiny_model(family)
+    result = attention_pattern(loaded, PROMPT, AttentionPatternSettings())
+    ids = loaded.tokenizer(PROMPT.text)["input_ids"]
+    paths = [block.attention for block in loaded.anatomy.blocks]
+    with torch.inference_mode(), eager_attention(loaded.model), capture(loaded.model, paths, item=1) as maps:
+        loaded.model(torch.tensor([ids]))
+    for layer, path in enumerate(paths):
+        for index in range(loaded.anatomy.n_heads):
+            expected = head_scores_by_hand(maps[path][0, index].tolist(), ids)
+            found = head(result.frame, layer, index)
+            assert dict(found[list(expected)]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("beta", [5.0, 10.0, 40.0])
+def test_induction_model_has_the_closed_form_answers(beta: float) -> None:
+    length = 12
+    result = attention_pattern(induction_model(beta), repeated_prompt(length), AttentionPatternSettings())
+    positions = range(1, 2 * length + 1)
+    previous = np.mean([1 / (1 + p * math.exp(-beta)) for p in positions])
+    assert head(result.frame, 0, 0)["previous_token_share"] == pytest.approx(previous, abs=1e-5)
+    induction = {5.0: 0.886826, 10.0: 0.999161, 40.0: 1.0}[beta]
+    assert head(result.frame, 1, 0)["induction_score"] == pytest.approx(induction, abs=1e-5)
+    dead = head(result.frame, 1, 1)
+    assert dead["entropy_share"] == pytest.approx(1, abs=1e-5), (
+        "a head without weights looks everywhere alike"
+    )
+    assert dead["previous_token_share"] == pytest.approx(np.mean([1 / (p + 1) for p in positions]), abs=1e-6)
+
+
+def test_a_window_limits_the_largest_possible_entropy() -> None:
+    scorer = module._Scorer(module.encode(tiny_model("mistral"), PROMPT), causal=True, device="cpu")
+    n, window = scorer._n, 4
+    near = torch.ones(n, n).tril().triu(1 - window)
+    frame = scorer.score((near / near.sum(-1, keepdim=True))[None], layer=0, window=window)
+    assert frame["entropy_share"].iloc[0] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_prompt_without_repeats_has_no_induction_score() -> None:
+    result = attention_pattern(induction_model(10.0), Prompt("@ a b c d"), AttentionPatternSettings())
+    assert result.frame["induction_score"].isna().all()
+    assert all(view.color != "induction_score" for view in result.views)
+    assert any("not scored" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(("n", "most"), [(5, 8), (8, 8), (9, 8), (300, 128)])
+def test_binned_maps_keep_their_rows(n: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_BINS_CAUSAL", most)
+    pattern = torch.rand(n, n, generator=torch.Generator().manual_seed(0)).tril().numpy()
+    pattern /= pattern.sum(-1, keepdims=True)
+    loaded = tiny_model("llama")
+    encoded = module.encode(loaded, Prompt("a"))
+    stretched = type(encoded)(encoded.inputs, (0,) * n, ("x",) * n, (1,) * n)
+    frame = module._pattern_frame(pattern, stretched, causal=True)
+    assert frame["query"].nunique() <= most
+    assert frame.groupby("query")["weight"].sum().to_numpy() == pytest.approx(1, abs=1e-5)
+    if n <= most:
+        assert frame["weight"].to_numpy() == pytest.approx(pattern[np.tril_indices(n)])
+
+
+def test_a_head_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"head 4 does not exist: .* has 4, from 0 to 3"):
+        attention_pattern(tiny_model("llama"), PROMPT, AttentionPatternSettings(head=4))
+    with pytest.raises(BadInput, match="layer 3 does not exist"):
+        attention_pattern(tiny_model("llama"), PROMPT, AttentionPatternSettings(layer=3))
+
+
+def test_a_pair_of_texts_goes_to_an_encoder() -> None:
+    result = attention_pattern(tiny_model("bert"), Prompt("water boils", "paris"), AttentionPatternSettings())
+    assert result.frames["tokens"]["token"].tolist().count("[SEP]") == 2
