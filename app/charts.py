@@ -45,8 +45,9 @@ def chart(frame: pd.DataFrame, view: View, *, pick: tuple[str, ...] = ()) -> Any
 def titled(column: str, view: View) -> str:
     """The axis or legend title of a column; the measured one carries the view's unit."""
     measured = {"heatmap": view.color, "tokens": view.color}.get(view.kind, view.y)
-    unit = f" ({short_unit(view.unit)})" if view.unit and column == measured and view.unit != column else ""
-    return label(column) + unit
+    words, unit = label(column), short_unit(view.unit)
+    said = not unit or column != measured or unit.lower() in words.lower()
+    return words if said else f"{words} ({unit})"
 
 
 def _tooltip(frame: pd.DataFrame, view: View) -> list[alt.Tooltip]:

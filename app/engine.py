@@ -20,6 +20,7 @@ from core.catalog.store import Catalog
 from core.inspector import Inspector, Ticket
 from core.inspector.protocol import Stamp, stamp
 from core.jobs.queue import Queue
+from core.jobs.supervisor import ensure_supervisor
 from core.models.demo import demo_files
 from core.paths import catalog_url
 from core.registry import Method, Settings
@@ -81,6 +82,11 @@ def _queue(url: str) -> Queue:
 def queue() -> Queue:
     """The job queue: the page's way to start, cancel and retry work."""
     return _queue(catalog_url())
+
+
+def start_work() -> None:
+    """Make sure that a supervisor lives to run what was just queued; an idle one has ended itself."""
+    ensure_supervisor(catalog_url())
 
 
 # --- models -------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import math
 from datetime import UTC, datetime
 
 NONE = "–"
-_ACRONYMS = {"kl": "KL", "kv": "KV", "moe": "MoE", "mlp": "MLP", "sqnr": "SQNR", "db": "(dB)", "ms": "(ms)"}
+_ACRONYMS = {"kl": "KL", "kv": "KV", "moe": "MoE", "mlp": "MLP", "sqnr": "SQNR", "p": "probability"}
+_UNITS = {"nats": "nats", "bits": "bits", "ms": "ms", "bytes": "bytes", "db": "dB"}
 _DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -101,7 +102,8 @@ def ago(moment: datetime | None, now: datetime | None = None) -> str:
 
 
 def label(column: str) -> str:
-    """A column or setting name as a label: ``top_k`` → ``Top k``, ``kl_final`` → ``KL final``."""
-    words = [_ACRONYMS.get(word, word) for word in column.split("_")]
-    text = " ".join(words).strip()
-    return text[:1].upper() + text[1:]
+    """A column or setting name as a label: ``top_k`` → ``Top k``, ``kl_to_final_nats`` → ``KL to final (nats)``."""
+    *words, last = column.split("_")
+    unit = f" ({_UNITS[last]})" if words and last in _UNITS else ""
+    text = " ".join(_ACRONYMS.get(word, word) for word in (words if unit else [*words, last]))
+    return text[:1].upper() + text[1:] + unit

@@ -6,6 +6,9 @@ The session holds ids and short texts only, never frames or models.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import streamlit as st
 
 from app import engine
@@ -23,17 +26,54 @@ def known_models() -> dict[str, str]:
     return known
 
 
+def choice(
+    widget: Callable[..., Any],
+    label: str,
+    titles: Mapping[str, str],
+    *,
+    key: str,
+    default: str,
+    **options: Any,
+) -> str:
+    """A choice among ids shown by their titles, with the id in the address under ``key``.
+
+    ``widget`` is ``st.selectbox`` or ``st.segmented_control``. Streamlit's own binding would put the title into the
+    address, which is no stable link. The address wins over the session, so links and the back button work.
+    """
+    free = options.get("accept_new_options", False)
+    wanted = st.query_params.get(key)
+    if wanted and (wanted in titles or free):
+        st.session_state[key] = wanted
+    elif not st.session_state.get(key) or (st.session_state[key] not in titles and not free):
+        st.session_state[key] = default
+
+    def remember() -> None:
+        if st.session_state.get(key):
+            st.query_params[key] = st.session_state[key]
+
+    chosen: str = widget(
+        label,
+        list(titles),
+        format_func=lambda id_: titles.get(id_, id_),
+        key=key,
+        persist_state="session",
+        on_change=remember,
+        **options,
+    )
+    if chosen and chosen != default and st.query_params.get(key) != chosen:
+        st.query_params[key] = chosen  # kept from another page: the address shows it again
+    return chosen or default
+
+
 def model_picker() -> None:
     """Draw the model box of the sidebar. Anything may be typed into it."""
-    known = known_models()
-    st.selectbox(
+    choice(
+        st.selectbox,
         "Model",
-        list(known),
-        format_func=lambda source: known.get(source, source),
+        known_models(),
         key="model",
-        bind="query-params",
+        default=DEFAULT_MODEL,
         accept_new_options=True,
-        required=True,
         help="Pick one, or type a hub id (org/name, optionally @revision), a folder, a .gguf file or variant:ID.",
     )
 
@@ -43,9 +83,14 @@ def model() -> str:
     return st.session_state.get("model") or DEFAULT_MODEL
 
 
+def model_name(source: str) -> str:
+    """A short name of a source: its title where it is known, else the last part of what was typed."""
+    return known_models().get(source) or source.rstrip("/").rpartition("/")[2]
+
+
 def choose_model(source: str) -> None:
     """Make ``source`` the model that is looked at; only from a callback, before the picker is drawn."""
-    st.session_state["model"] = source
+    st.session_state["model"] = st.query_params["model"] = source
 
 
 def picked_cell() -> tuple[str, str] | None:

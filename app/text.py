@@ -19,5 +19,6 @@ def esc(text: object) -> str:
 
 
 def visible(token: str) -> str:
-    """A token for a table or a chart cell: line breaks and tabs shown as signs, an empty one as ∅."""
-    return "".join(_VISIBLE.get(c, c) for c in token) or "∅"
+    """A token for a table or a chart cell: line breaks and tabs as signs, blanks alone as ␣, nothing as ∅."""
+    shown = "".join(_VISIBLE.get(c, c) for c in token)
+    return shown if shown.strip() else "␣" * len(shown) or "∅"

@@ -13,7 +13,9 @@ from pandas.api.types import is_float_dtype
 from app import format
 from app.charts import MARK_LIMIT, titled
 from app.text import visible
-from core.types import Provenance, View
+from core.models.anatomy import Anatomy
+from core.models.sizes import kv_cache_bytes, kv_cache_bytes_per_token
+from core.types import Job, Provenance, Variant, View
 
 
 @dataclass(frozen=True)
@@ -148,3 +150,61 @@ def provenance_line(provenance: Provenance) -> str:
         parts.append(f"exactness gap {gap}")
     parts.append(format.seconds(provenance.seconds))
     return " · ".join(part for part in parts if part)
+
+
+def recent_variants(variants: Sequence[Variant], *, limit: int) -> pd.DataFrame:
+    """The newest variants, bases included, as the start page lists them."""
+    newest = sorted(variants, key=lambda v: str(v.created_at), reverse=True)[:limit]
+    rows = [
+        (v.id, v.name, format.size(v.bytes), v.bits_per_weight, v.proven, format.ago(v.created_at))
+        for v in newest
+    ]
+    return pd.DataFrame(rows, columns=["variant", "name", "size", "bits_per_weight", "proven", "made"])
+
+
+def recent_jobs(jobs: Sequence[Job]) -> pd.DataFrame:
+    """Jobs as the start page lists them; progress is 0–1."""
+    rows = [(j.kind, j.state, j.done / j.total if j.total else 0.0, format.ago(j.created_at)) for j in jobs]
+    return pd.DataFrame(rows, columns=["kind", "state", "progress", "when"])
+
+
+def component_totals(components: pd.DataFrame) -> pd.DataFrame:
+    """Parameters, megabytes and share of each component, the largest first."""
+    totals = components.groupby("component", as_index=False)[["parameters", "bytes", "share"]].sum()
+    totals["megabytes"] = totals.pop("bytes") / 1e6
+    totals["component"] = totals["component"].map(format.label)
+    return totals.sort_values("megabytes", ascending=False, ignore_index=True)
+
+
+def heads_line(anatomy: Anatomy) -> str:
+    """Heads in words: how keys are shared and how wide a head is."""
+    if anatomy.n_kv_heads == anatomy.n_heads:
+        return f"each its own keys, head dim {anatomy.head_dim}"
+    return f"on {anatomy.n_kv_heads} key/value heads, head dim {anatomy.head_dim}"
+
+
+def moe_line(anatomy: Anatomy) -> str:
+    """Experts in words."""
+    if not anatomy.n_experts:
+        return "dense, no experts"
+    return f"{anatomy.n_experts} experts, {anatomy.experts_per_token} per token"
+
+
+@dataclass(frozen=True)
+class CacheAt:
+    """The KV cache at one context, and along all of them (columns context, megabytes)."""
+
+    per_token: int
+    total: int
+    curve: pd.DataFrame
+
+
+def kv_at(anatomy: Anatomy, *, dtype_bytes: int, context: int) -> CacheAt:
+    """What a cache costs, batch 1."""
+    contexts = np.unique(np.linspace(1, anatomy.context_length, 65).round().astype(int))
+    sizes = [kv_cache_bytes(anatomy, dtype_bytes=dtype_bytes, context=int(c)) / 1e6 for c in contexts]
+    return CacheAt(
+        kv_cache_bytes_per_token(anatomy, dtype_bytes=dtype_bytes, context=context),
+        kv_cache_bytes(anatomy, dtype_bytes=dtype_bytes, context=context),
+        pd.DataFrame({"context": contexts, "megabytes": sizes}),
+    )

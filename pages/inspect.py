@@ -39,21 +39,20 @@ if card is None:
     st.stop()
 
 probes = methods("probe")
-usable = {id_: probe for id_, probe in probes.items() if not card.missing_needs(probe.needs)}
-probe = usable[
-    chooser.selectbox(
+usable = {id_: probe for id_, probe in probes.items() if probe.needs <= card.offers}
+with chooser:
+    id_ = state.choice(
+        st.selectbox,
         "Probe",
-        list(usable),
-        index=list(usable).index("logit_lens") if "logit_lens" in usable else 0,
-        format_func=lambda id_: usable[id_].title,
+        {id_: probe.title for id_, probe in usable.items()},
         key="probe",
-        bind="query-params",
+        default="logit_lens" if "logit_lens" in usable else next(iter(usable)),
     )
-]
+probe = usable[id_]
 chooser.caption(esc(probe.summary))
-for id_ in probes.keys() - usable.keys():
-    missing = " and ".join(card.missing_needs(probes[id_].needs))
-    chooser.caption(esc(f"Not for this model: {probes[id_].title} (needs {missing})"))
+for id_ in sorted(probes.keys() - usable.keys()):
+    missing = " and ".join(sorted(probes[id_].needs - card.offers))
+    chooser.caption(esc(f"Not for this model: {probes[id_].title}, which needs {missing}."))
 with left.popover("Settings", icon=":material/tune:"):
     settings = settings_form(probe, columns=2)
 if settings is None:
@@ -62,10 +61,11 @@ if settings is None:
 prompt = Prompt(text)
 with top:
     heading(
-        f"{probe.title} of {card.name}",
+        f"{probe.title} of {state.model_name(source)}",
         about=About.of(probe),
         reproduce=Reproduction(
-            probe_script(probe, source, card.folder, text, settings), probe_command(probe, source, text, settings)
+            probe_script(probe, source, card.folder, text, settings),
+            probe_command(probe, source, text, settings),
         ),
     )
 run = engine.probe(source, probe, prompt, settings)

@@ -12,9 +12,13 @@ def empty_state(
     page: str | None = None,
     action: str = "",
     query: dict[str, str] | None = None,
+    border: bool = True,
 ) -> None:
-    """Draw a quiet card with ``sentence`` (ours, Markdown) and a link to ``page`` (a file name) that does it."""
-    with st.container(border=True, horizontal_alignment="center", gap="small"):
+    """Draw a quiet card with ``sentence`` (ours, Markdown) and a link to ``page`` (a file name) that does it.
+
+    ``border`` is off where it already stands in a card.
+    """
+    with st.container(border=border, horizontal_alignment="center", gap="small"):
         st.space("small")
         st.markdown(f":material/{icon}: :gray[{sentence}]", text_alignment="center")
         if page:

@@ -20,12 +20,18 @@ from app.components._quantize import to_levels
 _CSS = """
 .maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--w)), 1fr)); gap: 12px;
   font: 12px var(--st-font); color: var(--st-text-color); }
-figure { margin: 0; position: relative; max-width: var(--max); }
+.maps.one { grid-template-columns: minmax(0, var(--max)); }
+.one .plot { margin: 0 2px 18px var(--gutter); }
+.one .tick { position: absolute; font-size: 10px; line-height: 1; white-space: pre; overflow: hidden;
+  text-overflow: ellipsis; font-variant-numeric: tabular-nums; opacity: 0.85; }
+.one .side { right: calc(100% + 5px); max-width: calc(var(--gutter) - 6px); transform: translateY(-50%); }
+.one .below { top: calc(100% + 4px); transform: translateX(-50%); }
+figure { margin: 0; position: relative; }
 figcaption { display: flex; justify-content: space-between; gap: 8px; padding-bottom: 3px; min-height: 16px;
   font-variant-numeric: tabular-nums; }
 figcaption span { white-space: pre; overflow: hidden; text-overflow: ellipsis; }
 .plot { position: relative; }
-canvas { width: 100%; aspect-ratio: var(--ar); image-rendering: pixelated; border-radius: 4px; display: block;
+canvas { width: 100%; aspect-ratio: var(--ar); max-height: 460px; image-rendering: pixelated; border-radius: 4px; display: block;
   border: 1px solid var(--st-border-color); cursor: crosshair; box-sizing: border-box; }
 canvas:focus-visible { outline: 2px solid var(--st-primary-color); }
 .ring { position: absolute; border: 2px solid #F08C00; border-radius: 2px; pointer-events: none;
@@ -54,6 +60,15 @@ export default function ({ data, parentElement, setTriggerValue }) {
     const scale = make("div", "scale"), bar = make("div", "bar"), lo = make("span"), hi = make("span");
     lo.textContent = digits(data.low); hi.textContent = `${digits(data.high)} ${data.unit}`;
     bar.style.background = `linear-gradient(90deg, ${stops.join()})`; scale.append(lo, bar, hi);
+    const ticks = () => [
+      ...data.row_ticks.map(([i, text]) => tick("side", "top", (i + 0.5) / R, text)),
+      ...data.col_ticks.map(([i, text]) => tick("below", "left", (i + 0.5) / C, text)),
+    ];
+    const tick = (name, edge, at, text) => {
+      const el = make("span", `tick ${name}`); el.textContent = text; el.style[edge] = `${at * 100}%`; return el;
+    };
+    s.root.className = M === 1 ? "maps one" : "maps";
+    s.root.style.setProperty("--gutter", data.gutter + "px");
     s.rings = [];
     const maps = data.titles.map((title, m) => {
       const figure = make("figure"), caption = make("figcaption"), name = make("span"), read = make("span");
@@ -81,7 +96,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
           say(...cursor);
         } else if (e.key === "Enter") s.fire({ map: m, row: cursor[0], col: cursor[1] });
       };
-      plot.append(canvas, ring); figure.append(caption, plot); s.rings.push(ring);
+      plot.append(canvas, ring, ...(M === 1 ? ticks() : [])); figure.append(caption, plot); s.rings.push(ring);
       return figure;
     });
     s.root.replaceChildren(...maps, scale);
@@ -108,12 +123,18 @@ class Cell:
     map: int = 0
 
 
+def _ticks(names: Sequence[object], most: int) -> list[tuple[int, str]]:
+    """At most ``most`` evenly spaced names with their index."""
+    return [(i, str(names[i])) for i in range(0, len(names), -(-len(names) // most))]
+
+
 def heat_canvas(
     values_MRC: NDArray[np.floating],
     *,
     key: str,
     label: str,
     titles: Sequence[str],
+    axes: tuple[str, str],
     rows: Sequence[str],
     cols: Sequence[str],
     unit: str = "",
@@ -126,7 +147,7 @@ def heat_canvas(
 ) -> None:
     """Draw M maps of R rows by C columns under ``titles``; ``on_pick`` is called with the clicked cell.
 
-    All maps share one colour scale, drawn beneath them with its limits and ``unit``; ``log`` makes
+    ``axes`` names rows and columns. A map alone has its axes labelled; many are read by hovering. All maps share one colour scale, drawn beneath them with its limits and ``unit``; ``log`` makes
     it even in the logarithm.
     """
     n_maps, n_rows, n_cols = values_MRC.shape
@@ -149,6 +170,7 @@ def heat_canvas(
             "low": levels.low,
             "high": levels.high,
             "titles": list(titles),
+            "axes": list(axes),
             "rows": list(rows),
             "cols": list(cols),
             "unit": unit,
@@ -157,6 +179,9 @@ def heat_canvas(
             "log": log,
             "min_width": min_width,
             "max_width": max_width,
+            "row_ticks": _ticks(rows, 48),
+            "col_ticks": _ticks(cols, 16) if max(map(len, cols)) <= 3 else _ticks(range(n_cols), 16),
+            "gutter": min(110, 10 + 6 * max(map(len, rows))),
             "selected": vars(selected) if selected else None,
             "sig": f"{levels.signature}-{zlib.crc32(names)}",
         },

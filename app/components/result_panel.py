@@ -6,8 +6,9 @@ It knows kinds of views, never methods: a new probe needs nothing here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import streamlit as st
 from pandas.api.types import is_float_dtype
@@ -18,7 +19,7 @@ from app.components.export_menu import export_menu
 from app.components.heat_canvas import Cell, heat_canvas
 from app.components.token_grid import token_grid
 from app.components.token_strip import token_strip
-from app.text import esc
+from app.text import esc, visible
 from app.views import (
     Grid,
     cell_rows,
@@ -68,7 +69,7 @@ def metric_row(metrics: Sequence[Metric]) -> None:
     """One card per headline number: value with unit, and beneath it the interval or the count it rests on."""
     if not metrics:
         return
-    grid = st.grid(min(4, len(metrics)), min_column_width=170)
+    grid = st.grid(4, min_column_width=170)
     for metric in metrics:
         beneath = format.interval(metric.low, metric.high, metric.unit)
         if beneath == format.NONE:
@@ -181,18 +182,19 @@ def _map(result: Result, group: tuple[View, ...], key: str) -> None:
 
 
 def _colour(group: tuple[View, ...], key: str) -> View:
-    by_column = {view.color: view for view in group}
-    chosen = st.segmented_control(
+    by_column = {str(view.color): view for view in group}
+    few = len(group) <= 3
+    widget: Callable[..., Any] = st.segmented_control if few else st.selectbox
+    column = state.choice(
+        widget,
         "Colour",
-        list(by_column),
-        default=group[0].color,
-        required=True,
-        format_func=lambda column: titled(column, by_column[column]),
+        {column: titled(column, view) for column, view in by_column.items()},
         key=f"{key}_colour",
-        bind="query-params",
+        default=str(group[0].color),
         label_visibility="collapsed",
+        **({"required": True} if few else {}),
     )
-    return by_column[chosen]
+    return by_column[column]
 
 
 def _draw_map(
@@ -208,7 +210,7 @@ def _draw_map(
             grid.values_RC,
             key=f"{key}_grid",
             label=view.title,
-            corner=f"{format.label(view.y)} ↓  {format.label(view.x)} →",
+            corner=format.label(view.y),
             rows=grid.rows,
             cols=grid.cols,
             hover=grid.hover,
@@ -224,15 +226,15 @@ def _draw_map(
         key=f"{key}_canvas",
         label=view.title,
         titles=[f"{format.label(view.y)} ↓  {format.label(view.x)} →"],
-        rows=[f"{format.label(view.y)} {row}" for row in grid.rows],
-        cols=[f"{format.label(view.x)} {col}" for col in grid.cols],
+        axes=(format.label(view.y), view.x.replace("_", " ")),
+        rows=grid.rows,
+        cols=grid.cols,
         unit=unit,
         midpoint=view.midpoint,
         log=view.log,
         selected=selected,
         on_pick=on_pick,
-        min_width=280,
-        max_width=900,
+        max_width=640,
     )
 
 
@@ -265,16 +267,18 @@ def _detail(
         alt=f"{titled(view.color, view)} at every {view.y} for one {view.x}",
     )
     cell = cell_rows(frame, view, row_key, col_key).iloc[0]
-    facts = {
-        titled(str(name), view): format.number(value) if isinstance(value, float) else str(value)
-        for name, value in cell[list(view.tooltip)].items()
-    }
+    facts = {titled(str(name), view): _fact(value) for name, value in cell[list(view.tooltip)].items()}
     st.dataframe(
         pd.DataFrame({"": facts.keys(), "value": facts.values()}),
         hide_index=True,
         height="content",
         alt="Every number of this cell",
     )
+
+
+def _fact(value: object) -> str:
+    """One number of a cell; a token keeps its own characters."""
+    return format.number(float(value)) if isinstance(value, float | np.floating) else visible(str(value))
 
 
 def _charts(result: Result, views: Sequence[View], name: str) -> None:
