@@ -22,7 +22,7 @@ POINT = "point"
 BRUSH = "brush"
 """Name of the drag selection; it sends back the ranges of ``x`` and ``y``."""
 NEUTRAL = "#8A93A6"
-HEIGHT = 430
+HEIGHT = 520
 
 
 def scatter(scene: Scene, *, picked: str | None, box: Sequence[float] | None) -> Any:
@@ -66,14 +66,18 @@ def _scale(marks: pd.DataFrame, axis: str, aim: Objective) -> alt.Scale:
 
 
 def _labels(scene: Scene, axis: str) -> dict[str, Any]:
-    """On a log axis one and three per decade, no matter how Vega would crowd them."""
+    """On a log axis a readable few per decade, the fewer the more decades there are."""
     aim = getattr(scene, axis)
     values = scene.marks[axis]
     if not aim.log or values.empty:
         return {}
-    decades = range(int(np.floor(np.log10(values.min()))), int(np.ceil(np.log10(values.max()))) + 1)
-    steps = (1, 3) if len(decades) <= 5 else (1,)
-    return {"values": [step * 10.0**decade for decade in decades for step in steps], "format": "~g"}
+    low, high = float(values.min()), float(values.max())
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    spans = np.log10(high / low)
+    steps = (1, 2, 3, 4, 5, 7) if spans < 1 else (1, 2, 5) if spans < 2.5 else (1, 3) if spans < 4.5 else (1,)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    text = "datum.value < 0.001 ? replace(format(datum.value, '.0e'), '−', '-') : format(datum.value, ',~r')"
+    return {"values": ticks, "labelExpr": text, "labelOverlap": "parity"}
 
 
 def _dressed(marks: pd.DataFrame) -> pd.DataFrame:
@@ -100,7 +104,7 @@ def _points(marks: pd.DataFrame, scene: Scene, x: Any, y: Any) -> Any:
     columns = ["variant", "name", "method", "state", "x", "y", "x_value", "y_value", "chance"]
     return (
         alt.Chart(marks[[*columns, "opacity", "fill", "size", "shape"]])
-        .mark_point(filled=True, strokeWidth=1.3)
+        .mark_point(filled=True, opacity=1, strokeWidth=1.3)
         .encode(
             x=x,
             y=y,

@@ -54,7 +54,10 @@ class Objective:
         if not np.isfinite(value):
             return "–"
         shown = value / self.scale
-        if shown and abs(shown) < 10 ** (self.digits - 1):
+        if 0 < abs(shown) < 1e-4:
+            mantissa, exponent = f"{shown:.1e}".split("e")
+            text = f"{mantissa}e{int(exponent)}"
+        elif shown and abs(shown) < 10 ** (self.digits - 1):
             text = f"{shown:.{self.digits}g}"
         else:
             text = f"{shown:,.0f}"
@@ -64,8 +67,8 @@ class Objective:
 OBJECTIVES: dict[str, Objective] = {
     o.column: o
     for o in (
-        Objective("bytes", "Size", "MB", "lower", scale=1e6, exact=True, group="size"),
-        Objective("bits_per_weight", "Bits per weight", "", "lower", exact=True, group="size"),
+        Objective("bytes", "Size", "MB", "lower", scale=1e6, log=True, exact=True, group="size"),
+        Objective("bits_per_weight", "Bits per weight", "", "lower", log=True, exact=True, group="size"),
         Objective("kl", "KL to base", "nats", "lower", log=True),
         Objective("bits_per_byte", "Bits per byte", "", "lower", digits=4),
         Objective("perplexity", "Perplexity", "", "lower", digits=4, log=True),
@@ -78,7 +81,7 @@ OBJECTIVES: dict[str, Objective] = {
         Objective("ttft_ms", "TTFT", "ms", "lower", group="speed"),
         Objective("tpot_ms", "TPOT", "ms", "lower", group="speed"),
         Objective("load_ms", "Load", "ms", "lower", group="speed"),
-        Objective("peak_memory_bytes", "Peak memory", "MB", "lower", scale=1e6, group="memory"),
+        Objective("peak_memory_bytes", "Peak memory", "MB", "lower", scale=1e6, log=True, group="memory"),
     )
 }
 

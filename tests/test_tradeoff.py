@@ -181,6 +181,7 @@ def test_headlines_of_an_unmeasured_base_are_empty(variants):
         ("bytes", 9_870_000, "9.87 MB"),
         ("bytes", 1_234_000_000, "1,234 MB"),
         ("kl", 0.000123456, "0.000123 nats"),
+        ("kl", 3.61e-7, "3.6e-7 nats"),
         ("kl", 0.0, "0 nats"),
         ("top1_agreement", 0.981, "98.1 %"),
         ("decode_tokens_per_s", 41.26, "41.3 tok/s"),

@@ -1,0 +1,179 @@
+"""One job as a card: what it does, its state, its progress with the time left, and what can be done about it.
+
+Also the watcher that says, on any page, that a job has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import streamlit as st
+
+from app import engine
+from app import format as fmt
+from app.text import esc
+from core.errors import BadInput, SlimscopeError
+from core.jobs.states import ACTIVE, ENDED, RETRIABLE
+from core.recipe import Recipe
+from core.types import Job, JobState
+
+COLORS: dict[JobState, str] = {
+    "queued": "gray",
+    "running": "blue",
+    "succeeded": "green",
+    "failed": "red",
+    "cancelled": "orange",
+    "lost": "red",
+}
+POLL_S = 1.0
+RECENT = 50
+
+
+# --- what a card says ---------------------------------------------------------------------------------
+
+
+def subject(job: Job) -> str:
+    """What the job is about: a recipe's label; the model itself where there is no recipe."""
+    recipe = job.spec.get("recipe")
+    if not recipe:
+        return "the base"
+    try:
+        return Recipe.parse(recipe).label()
+    except BadInput:
+        return "a recipe this version does not know"
+
+
+def title(job: Job) -> str:
+    """What the job does, e.g. ``Compress · rtn bits=8``."""
+    return f"{fmt.label(job.kind)} · {subject(job)}"
+
+
+def fraction(job: Job) -> float:
+    """Share done, 0–1."""
+    return min(1.0, job.done / job.total) if job.total else 0.0
+
+
+def time_left(job: Job, now: datetime) -> float | None:
+    """Seconds left at the rate so far; None before there is a rate, or when the job does not run."""
+    share = fraction(job)
+    if job.state != "running" or job.started_at is None or share < 0.02:
+        return None
+    return (now - job.started_at).total_seconds() * (1 - share) / share
+
+
+def elapsed(job: Job, now: datetime) -> float | None:
+    """Seconds the job ran, or has run."""
+    if job.started_at is None:
+        return None
+    return ((job.ended_at or now) - job.started_at).total_seconds()
+
+
+def progress_text(job: Job, now: datetime) -> str:
+    """The line beside the bar: the message, then the time left or the time taken."""
+    left, took = time_left(job, now), elapsed(job, now)
+    if job.state == "queued":
+        return job.message or ("waits for the job before it" if job.depends_on else "waits for its turn")
+    tail = f"about {fmt.seconds(left)} left" if left is not None else f"{fmt.seconds(took)}"
+    return " · ".join(part for part in (job.message, tail) if part)
+
+
+# --- the card -----------------------------------------------------------------------------------------
+
+
+def job_card(job: Job, *, prefix: str) -> None:
+    """Draw the job with its progress and its cancel or retry button, for a bordered container around it."""
+    now = datetime.now(UTC)
+    with st.container(key=f"{prefix}_{job.id}", gap="xsmall"):
+        with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+            st.markdown(f"**{esc(title(job))}**", width="stretch")
+            if job.attempt > 1:
+                st.caption(f"attempt {job.attempt}", width="content")
+            st.markdown(f":{COLORS[job.state]}-badge[{job.state}]", width="content")
+            job_action(job, prefix=prefix)
+        if job.state in ACTIVE:
+            st.progress(fraction(job), text=esc(progress_text(job, now)))
+        elif job.error:
+            st.markdown(f":red[{esc(job.error)}]" if job.state != "cancelled" else f":gray[{esc(job.error)}]")
+        else:
+            st.caption(esc(progress_text(job, now)))
+
+
+def job_action(job: Job, *, prefix: str) -> None:
+    """Cancel what still runs or waits; retry what did not succeed."""
+    if job.state in ACTIVE:
+        asked = job.cancel_requested
+        st.button(
+            "Stopping" if asked else "Cancel",
+            type="tertiary",
+            icon=":material/close:",
+            disabled=asked,
+            on_click=_cancel,
+            args=(job.id,),
+            key=f"{prefix}_cancel_{job.id}",
+        )
+    elif job.state in RETRIABLE:
+        st.button(
+            "Retry",
+            type="tertiary",
+            icon=":material/refresh:",
+            on_click=_retry,
+            args=(job.id,),
+            key=f"{prefix}_retry_{job.id}",
+        )
+
+
+def _cancel(id_: str) -> None:
+    engine.queue().cancel(id_)
+
+
+def _retry(id_: str) -> None:
+    try:
+        engine.queue().retry(id_)
+        engine.start_work()
+    except SlimscopeError as error:
+        st.session_state.setdefault("toasts", []).append(f":red[{esc(error)}]")
+
+
+# --- on every page ------------------------------------------------------------------------------------
+
+
+def job_toasts() -> None:
+    """Say what ended since the last look, and keep looking while something runs; called once per page run.
+
+    A toast sent together with ``st.rerun`` is lost, so what ended is remembered and said by the next full run,
+    which also lets every page show the new numbers.
+    """
+    for text in st.session_state.pop("toasts", []):
+        st.toast(text)
+    jobs = engine.queue().jobs(RECENT)
+    st.session_state["jobs_active"] = {job.id for job in jobs if job.state in ACTIVE}
+    st.fragment(_watch, run_every=POLL_S * 2 if st.session_state["jobs_active"] else None)()
+
+
+def _watch() -> None:
+    was = st.session_state["jobs_active"]
+    if not was:
+        return
+    ended = [job for job in engine.queue().jobs(RECENT) if job.id in was and job.state in ENDED]
+    if ended:
+        st.session_state.setdefault("toasts", []).extend(map(ending, ended))
+        st.rerun()
+
+
+def ending(job: Job) -> str:
+    """The toast of an ended job."""
+    color = COLORS[job.state]
+    return f"{esc(title(job))}: :{color}[{job.state}]" + (f". {esc(job.error)}" if job.error else "")
+
+
+def live_jobs(jobs: Sequence[Job], *, prefix: str) -> None:
+    """Cards that redraw themselves every second as long as one of the jobs is active."""
+    ids = [job.id for job in jobs]
+    active = any(job.state in ACTIVE for job in jobs)
+
+    def draw() -> None:
+        for id_ in ids:
+            job_card(engine.queue().job(id_), prefix=prefix)
+
+    st.fragment(draw, run_every=POLL_S if active else None)()

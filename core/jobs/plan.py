@@ -1,0 +1,106 @@
+"""Which jobs one click means: the specs that ``core.jobs.tasks`` reads, and the order they wait in.
+
+Submitting a recipe is "make it, prove it, evaluate it, profile it"; its base is measured along with it when that
+was never done. Nothing is run here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from core.catalog.queries import bases
+from core.jobs.queue import Queue, device_token
+from core.jobs.states import ACTIVE
+from core.recipe import Recipe
+from core.registry import get
+from core.types import Job, ModelRef
+
+EVALUATE: dict[str, Any] = {"method": None, "settings": {}, "documents": {"source": "pydoc"}}
+"""The default evaluation: by the model's family, on the text every machine has."""
+PROFILE: dict[str, Any] = {"method": "torch_eager", "settings": {}}
+CALIBRATION: dict[str, Any] = {"source": "pydoc"}
+RECENT = 200
+"""How far back the queue is searched for the same work still waiting."""
+
+
+def submit_variant(
+    queue: Queue,
+    *,
+    model: str,
+    recipe: Recipe,
+    evaluate: Mapping[str, Any] | None = None,
+    profile: Mapping[str, Any] | None = None,
+) -> list[Job]:
+    """Queue compress → evaluate → profile of ``recipe`` on ``model``, and the base's own measurements if missing.
+
+    ``evaluate`` (``method``, ``settings``, ``documents``) and ``profile`` (``method``, ``settings``) override the
+    defaults. The same recipe still waiting or running is returned as it is, not queued twice. All jobs share a
+    group. Raises ``BadInput`` for a model, method or settings that cannot be.
+    """
+    source = str(ModelRef.parse(model))
+    quality, speed = _evaluation(evaluate), _profiling(profile)
+    written = json.loads(recipe.canonical())
+    waiting = _active(queue, source)
+    again = [job for job in waiting if job.spec.get("recipe") == written]
+    if again:
+        return again[::-1]
+    made = queue.submit("compress", {"model": source, "recipe": written, "calibration": CALIBRATION})
+    jobs = [made, *_measure(queue, source, written, quality, speed, after=made)]
+    base_waits = any(job.spec.get("recipe") is None for job in waiting)
+    if not base_waits and not _base_is_measured(queue, source):
+        jobs += _measure(queue, source, None, quality, speed, group_id=made.group_id)
+    return jobs
+
+
+def _measure(
+    queue: Queue,
+    model: str,
+    recipe: dict[str, Any] | None,
+    quality: dict[str, Any],
+    speed: dict[str, Any],
+    *,
+    after: Job | None = None,
+    group_id: str | None = None,
+) -> list[Job]:
+    """Evaluate, then profile alone on this host."""
+    subject = {"model": model, "recipe": recipe}
+    evaluated = queue.submit(
+        "evaluate", {**subject, **quality}, depends_on=after.id if after else None, group_id=group_id
+    )
+    profiled = queue.submit(
+        "profile", {**subject, **speed}, depends_on=evaluated.id, token=device_token(), group_id=group_id
+    )
+    return [evaluated, profiled]
+
+
+def _evaluation(asked: Mapping[str, Any] | None) -> dict[str, Any]:
+    full = {**EVALUATE, **(asked or {})}
+    if full["method"] is not None:
+        get("evaluate", full["method"]).parse(full["settings"])
+    return full
+
+
+def _profiling(asked: Mapping[str, Any] | None) -> dict[str, Any]:
+    full = {**PROFILE, **(asked or {})}
+    get("profile", full["method"]).parse(full["settings"])
+    return full
+
+
+def _active(queue: Queue, model: str) -> list[Job]:
+    """This model's jobs that still wait or run, newest first."""
+    return [job for job in queue.jobs(RECENT) if job.state in ACTIVE and job.spec.get("model") == model]
+
+
+def _base_is_measured(queue: Queue, model: str) -> bool:
+    """Whether what is compressed has been evaluated and profiled; a variant was measured when it was made."""
+    ref = ModelRef.parse(model)
+    known = bases(queue.catalog)
+    ids = (
+        [ref.source.removeprefix("variant:")]
+        if ref.kind == "variant"
+        else list(known.loc[known["source"] == model, "id"])
+    )
+    kinds = {run.kind for id_ in ids for run in queue.catalog.runs(id_)}
+    return {"evaluate", "profile"} <= kinds

@@ -1,0 +1,147 @@
+"""Compress: make a smaller variant with one click, and watch it being proved, evaluated and profiled."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from app import engine, state
+from app import format as fmt
+from app.components.error_card import error_card
+from app.components.heading import About, Reproduction, heading
+from app.components.job_card import live_jobs
+from app.components.recipe_editor import PRESETS, recipe_editor
+from app.components.waiting import settled
+from app.compress_views import predicted_bytes
+from app.text import esc
+from core.errors import SlimscopeError
+from core.jobs.plan import submit_variant
+from core.jobs.states import ACTIVE
+from core.models.sizes import ModelCard
+from core.recipe import Recipe
+
+ABOUT = About(
+    "A recipe is a list of steps that make a smaller variant of the model. Making one queues three jobs: compress, "
+    "which ends with a reload of the saved files in a fresh process; evaluate, which takes the KL to the base on real "
+    "text; and profile, which measures speed and memory on this machine.\n\n"
+    "Predicted bytes are counted from the model's shapes before anything runs, and must equal the real ones within "
+    "2 %. A variant whose reload fails is kept, marked, and never offered as usable.",
+    r"\text{bytes} = \tfrac{n\,b}{8} + \text{scales} + \text{zero points} + \text{headers}",
+    "https://arxiv.org/abs/2210.17323",
+)
+
+model = state.model()
+
+
+def make(recipe: Recipe) -> None:
+    """Queue the recipe's jobs; the address names their group."""
+    evaluate = {"documents": {"source": st.session_state.get("documents") or "pydoc"}}
+    profile = {"settings": {"tier": st.session_state.get("tier") or "quick"}}
+    try:
+        jobs = submit_variant(engine.queue(), model=model, recipe=recipe, evaluate=evaluate, profile=profile)
+        engine.start_work()
+        st.query_params["group"] = jobs[0].group_id
+    except SlimscopeError as error:
+        st.session_state["refusal"] = error
+
+
+def size_line(card: ModelCard, recipe: Recipe) -> str:
+    """The predicted size and its share of the same weights in float32."""
+    nbytes = predicted_bytes(card, recipe)
+    if nbytes is None:
+        return "Size not predicted for this recipe"
+    return f"About {fmt.size(nbytes)}, {nbytes / (card.parameters * 4):.0%} of float32"
+
+
+reproduce = Reproduction(
+    "from core.catalog.store import Catalog\nfrom core.jobs.plan import submit_variant\n"
+    "from core.jobs.queue import Queue\nfrom core.recipe import Recipe\n\n"
+    'recipe = Recipe.of("rtn", bits=8, group_size="channel", scheme="symmetric")\n'
+    f"submit_variant(Queue(Catalog()), model={model!r}, recipe=recipe)",
+    f"slimscope compress rtn --model {model} --set bits=8 --set group_size=channel --set scheme=symmetric --json",
+)
+heading("Compress", about=ABOUT, reproduce=reproduce)
+st.caption(
+    f"Of {esc(model)}, chosen on the left. Each button makes, proves, evaluates and profiles a variant."
+)
+
+# --- presets --------------------------------------------------------------------------------------------
+try:
+    opening = engine.open_model(model)
+except SlimscopeError as error:
+    error_card(error, key="compress_source")
+    st.stop()
+cards = st.grid(4, min_column_width=200)
+slots = {}
+for preset in PRESETS:
+    with cards.container(border=True, height="stretch", key=f"preset_{preset.id}", gap="xsmall"):
+        st.header(preset.title, anchor=False)
+        st.markdown(f":gray[{preset.sentence}]")
+        with st.container(height="stretch", vertical_alignment="bottom", gap="xsmall"):
+            slots[preset.id] = st.empty()
+            slots[preset.id].caption("Size not predicted yet")
+            st.button(
+                "Make variant",
+                type="primary" if preset is PRESETS[0] else "secondary",
+                on_click=make,
+                args=(preset.recipe,),
+                key=f"make_{preset.id}",
+                width="stretch",
+            )
+opening_slot = st.container()  # filled last: nothing else on the page waits for the model to open
+if refusal := st.session_state.pop("refusal", None):
+    error_card(refusal, key="refused")
+
+# --- the jobs just queued, or those of this model that still run ----------------------------------------
+group = st.query_params.get("group")
+jobs = engine.queue().jobs(group_id=group) if group else []
+jobs = jobs or [
+    job for job in engine.queue().jobs() if job.state in ACTIVE and job.spec.get("model") == model
+]
+if jobs:
+    with st.container(border=True):
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.header("Under way" if any(job.state in ACTIVE for job in jobs) else "Done", anchor=False)
+            st.space("stretch")
+            st.page_link("../pages/jobs.py", label="All jobs", icon=":material/manufacturing:")
+            st.page_link("../pages/tradeoffs.py", label="Trade-offs", icon=":material/scatter_plot:")
+        live_jobs(jobs[::-1], prefix="made")
+
+# --- any recipe -----------------------------------------------------------------------------------------
+with st.container(border=True):
+    recipe = recipe_editor()
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        st.segmented_control(
+            "Profile",
+            ["rapid", "quick", "full"],
+            default="quick",
+            required=True,
+            key="tier",
+            bind="query-params",
+            help="How long speed is measured: half a minute, one or two minutes, or until the interval is narrow",
+        )
+        st.text_input(
+            "Evaluation text",
+            "pydoc",
+            key="documents",
+            bind="query-params",
+            help="pydoc (the reference prose every Python ships), a text file's path, or hub:ID",
+        )
+        st.space("stretch")
+        slots["own"] = st.empty()
+        st.button(
+            "Make variant",
+            type="primary",
+            disabled=recipe is None,
+            on_click=make,
+            args=(recipe,),
+            key="make_own",
+        )
+
+# --- predicted sizes, as soon as the model is open ------------------------------------------------------
+with opening_slot:
+    card = settled(opening.ticket, key="open", guess_s=engine.opening_seconds(model), retry=opening.again)
+if card is not None:
+    for preset in PRESETS:
+        slots[preset.id].caption(size_line(card, preset.recipe))
+    if recipe is not None:
+        slots["own"].caption(size_line(card, recipe), width="content")

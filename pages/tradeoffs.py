@@ -1,0 +1,145 @@
+"""Trade-offs: which variant is worth keeping, on numbers measured on reloaded files only."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from app import engine, state, tradeoff_chart, tradeoff_views
+from app.components import tradeoff_board as board
+from app.components.empty_state import empty_state
+from app.components.export_menu import export_menu
+from app.components.heading import About, Reproduction, heading
+from app.components.variant_panel import variant_evidence, variant_summary
+from app.text import esc
+from core.constraints import EXAMPLE, check
+from core.tradeoff import OBJECTIVES, available, headlines, quality_column, usable
+
+ABOUT = About(
+    "Each point is one variant of the base, placed by numbers measured on its files after a reload in a fresh "
+    "process. A variant is on the Pareto front when no other usable one is at least as good on both axes and better "
+    "on one; the dashed line is the best that can be had for a budget.\n\n"
+    "Measurements have intervals, so a dominated point is the fainter, the less often it reaches the front when "
+    "every value is drawn anew from its 95 % interval. Hollow points rest on a flagged run, crosses have no reload "
+    "proof and are never on the front.",
+    r"i \succ j \iff \forall a:\ c_a(i) \le c_a(j)\ \wedge\ \exists a:\ c_a(i) < c_a(j)",
+    "https://doi.org/10.1145/321906.321910",
+)
+
+REPRODUCE = Reproduction(
+    "from core.catalog.queries import tradeoff_frame\nfrom core.catalog.store import Catalog\n"
+    "from core.tradeoff import pareto_front, usable\n\n"
+    'frame = tradeoff_frame(Catalog(read_only=True), "BASE")\n'
+    'front = pareto_front(frame, "bytes", "kl", eligible=usable(frame))\n'
+    "print(frame[front.on_front])",
+    "slimscope compare --json",
+)
+
+heading("Trade-offs", about=ABOUT, reproduce=REPRODUCE)
+
+bases = engine.bases(engine.revision())
+bases = bases[bases["variants"] > 0]
+if bases.empty:
+    empty_state(
+        "No variant yet. Make a smaller copy of a model and it appears here with its numbers.",
+        icon="scatter_plot",
+        page="compress",
+        action="Make one",
+    )
+    st.stop()
+
+# --- what is compared: the address names it, else the model that is looked at ---------------------------
+names = dict(zip(bases["id"], bases["name"], strict=True))
+fitting = bases.loc[bases["source"] == state.model(), "id"]
+default = fitting.iloc[0] if len(fitting) else bases["id"].iloc[0]
+asked = st.query_params.get("base")
+base_id = asked if asked in names else default
+frame = engine.tradeoff_frame(base_id, engine.revision())
+axes = [aim.column for aim in available(frame)]
+quality = quality_column(frame)
+
+
+def choose_base() -> None:
+    """Another base: nothing picked among the old one's variants survives."""
+    st.query_params["base"] = st.session_state["base_choice"]
+    for name in ("variant", "brush"):
+        st.query_params.pop(name, None)
+
+
+with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
+    st.selectbox(
+        "Base",
+        list(names),
+        index=list(names).index(base_id),
+        format_func=lambda id_: names[id_],
+        key="base_choice",
+        on_change=choose_base,
+        help="Only variants of one base are comparable",
+    )
+    x = board.axis("Across", "x", axes, default="bytes")
+    y = board.axis("Upwards", "y", axes, default=quality if quality in axes else axes[1])
+    limits = st.text_input("Limits", key="limits", bind="query-params", placeholder=EXAMPLE)
+    tolerance = st.number_input(
+        "Tolerance",
+        0.0,
+        None,
+        headlines(frame).tolerance,
+        format="%g",
+        step=0.01,
+        key="tolerance",
+        bind="query-params",
+        width=130,
+        help=f"{OBJECTIVES[quality].title} that the smallest and the fastest variant must keep",
+    )
+constraints = board.constraints_of(limits)
+verdict = check(frame, constraints, eligible=usable(frame))
+scene = tradeoff_views.scene(frame, x, y, verdict)
+variant = board.picked(frame)
+if constraints:
+    board.limits_line(verdict)
+
+# --- headline figures, chart and the picked variant -----------------------------------------------------
+board.headline_row(headlines(frame, tolerance=tolerance), scene)
+left, right = st.columns([1.9, 1], gap="small")
+with left.container(border=True, height="stretch"):
+    st.header(f"{scene.y.title} against {scene.x.title.lower()}", anchor=False)
+    board.front_chart(scene, variant=variant)
+detail = engine.variant_detail(variant, engine.revision()) if variant else None
+with right.container(border=True, height="stretch"):
+    if detail is None:
+        st.header("Variant", anchor=False)
+        with st.container(height="stretch", vertical_alignment="center", horizontal_alignment="center"):
+            st.markdown(
+                ":material/ads_click: :gray[Click a point or a table row to see one variant.]",
+                text_alignment="center",
+            )
+    else:
+        marks = scene.marks.set_index("variant")
+        mark = marks.loc[variant] if variant in marks.index else None
+        variant_summary(detail, frame, mark, clear=lambda: board.repick(None))
+
+# --- table ----------------------------------------------------------------------------------------------
+with st.container(border=True):
+    brush = board.box()
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.header("Variants", anchor=False, width="stretch")
+        only = st.toggle("Front only", value=False, key="only", bind="query-params")
+        if brush:
+            st.button("Clear brush", icon=":material/close:", on_click=board.clear_brush, key="clear_brush")
+        chosen = tradeoff_views.brushed(frame, x, y, brush)
+        if only:
+            chosen &= frame["variant"].isin(scene.front["variant"])
+        export_menu(
+            tradeoff_views.export_table(frame, chosen, scene.front["variant"]),
+            tradeoff_chart.scatter(scene, picked=None, box=None),
+            name=f"tradeoffs-{base_id}",
+            key="tradeoffs",
+        )
+    board.variant_table(frame, chosen, scene, variant=variant)
+
+if detail is not None:
+    with st.container(border=True):
+        st.header(f"{esc(detail.variant.name)}: the evidence", anchor=False)
+        base = detail.variant if variant == base_id else engine.catalog().variant(base_id)
+        has_files = detail.variant.artifact is not None
+        folder = str(engine.catalog().variant_folder(variant)) if has_files else None
+        variant_evidence(detail, base, folder)
