@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Floats = NDArray[np.float64]
-CHUNK = 64
-"""Positions compared at once: 64 × 49152 float32 is 12 MB per temporary, near the size of a CPU's cache."""
+CHUNK = 128
+"""Positions compared at once: bounds the temporaries (128 × 49152 float32 is 25 MB each)."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def score_window(base: LoadedModel, variant: LoadedModel, ids: Ints, window: Win
 def compare_logits(base_PV: Tensor, variant_PV: Tensor | None, targets_P: Tensor) -> TokenScores:
     """Compare two models' logits; ``variant_PV`` None stands for the base itself.
 
-    KL(p‖q) is summed as p·(ln p - ln q) + (q - p). The added terms sum to 0 in exact arithmetic, and make
-    every summand non-negative and of second order in the difference: float32 rounding of the normalisers,
-    which would drown a KL of 1e-6 in the plain formula, cancels.
+    KL(p‖q) is summed as p·(ln p - ln q) + (q - p). The added terms sum to 0 in exact arithmetic; with them every
+    summand is of second order in the difference, so that float32 rounding costs at most about 5e-8 nats per
+    token, ten times less than in the plain formula (which also turns negative for nearly equal models).
     """
     parts: list[tuple[Tensor, ...]] = []
     with torch.inference_mode():

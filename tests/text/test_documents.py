@@ -72,8 +72,8 @@ class TestFiles:
         assert sum(text.count(licence.strip()) for text in halves[0] + halves[1]) == 1
 
     def test_adding_text_moves_no_document(self, tmp_path: Path):
-        parts = _prose(120).split("\n\n")
-        (tmp_path / "a.txt").write_text("\n\n".join(parts[:100]))
+        parts = _prose(320).split("\n\n")
+        (tmp_path / "a.txt").write_text("\n\n".join(parts[:300]))
         (tmp_path / "b.txt").write_text("\n\n".join(parts))
         for split in ("evaluation", "calibration"):
             before, after = (

@@ -1,0 +1,294 @@
+"""Sentence-embedding quality of a variant against its base: cosine agreement, and Spearman on labelled pairs.
+
+Knows vectors and labels. How an encoder makes a sentence vector is ``core.models.embed``'s knowledge.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from pydantic import Field
+
+from core.errors import BadInput, CannotMeasure
+from core.evaluate._intervals import Bootstrap, Floats, Interval
+from core.lazy import torch
+from core.models.embed import embed
+from core.models.fp32_path import Fp32Setting, fast_fp32
+from core.models.loaded import LoadedModel
+from core.registry import Settings, method
+from core.text.pairs import Pairs, load_pairs
+from core.text.sentences import sentences
+from core.types import Documents, Metric, Progress, Provenance, Result, View, content_hash
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PROTOCOL_TEXT = (
+    "Each sentence is embedded by both models (pooled and normalised as the checkpoint says) in the same "
+    "batches. Cosine agreement: mean cosine of the two vectors of a sentence; p1: its 1st percentile. "
+    "Spearman: rank correlation, ties at their mean rank, of people's scores with the cosine of a pair's two "
+    "vectors. Intervals: 95 %, documents (cosine) or pairs (Spearman) resampled, both models on the same draws."
+)
+PROTOCOL = f"sentence embedding agreement, version 1 ({content_hash(PROTOCOL_TEXT)[:8]})"
+
+
+class EmbeddingAgreementSettings(Settings):
+    """How many sentences, and which labelled pairs."""
+
+    max_documents: int = Field(24, ge=1, le=10_000, description="Documents used, the first of the text")
+    document_sentences: int = Field(
+        12, ge=1, le=10_000, description="Sentences used of each document, from its beginning"
+    )
+    max_tokens: int = Field(128, ge=4, le=131_072, description="Tokens after which a text is cut")
+    pairs: str = Field(
+        "",
+        description="File of labelled pairs (score, text, text; .tsv or .csv) for Spearman; empty for none",
+    )
+    bootstrap_draws: int = Field(2000, ge=500, le=100_000, description="Resamplings for the intervals")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the resampling")
+    fp32_path: Fp32Setting = Field(
+        "auto", description="Kernels of float32 products: auto takes oneDNN's where proven equal, exact never"
+    )
+
+
+@method(
+    "evaluate",
+    title="Embedding agreement",
+    needs=("encoder", "text"),
+    paper="Cer et al., SemEval-2017 Task 1: Semantic Textual Similarity, arXiv:1708.00055",
+)
+def run(
+    base: LoadedModel,
+    variant: LoadedModel,
+    documents: Documents,
+    progress: Progress,
+    settings: EmbeddingAgreementSettings,
+) -> Result:
+    """How far a variant's sentence vectors moved from its base's, and whether similarity still ranks as people rank.
+
+    Cosine agreement is the mean cosine between the two vectors of the same sentence; its 1st percentile shows
+    the sentences that moved most. With a file of pairs scored by people, Spearman's rank correlation between
+    scores and cosine similarities is given for variant and base, and their difference resampled in pairs.
+    """
+    began = time.perf_counter()
+    texts, owner = _sentences(documents, settings)
+    pairs = load_pairs(Path(settings.pairs).expanduser()) if settings.pairs else None
+    with fast_fp32(settings.fp32_path) as path:
+        vectors = _Vectors(base, variant, progress, settings.max_tokens, 3 if pairs else 1)
+        cosine_N = _cosines(*vectors.of(texts, "sentences"))
+        similar = _similarities(vectors, pairs) if pairs else None
+    bootstrap = Bootstrap(owner[-1] + 1, draws=settings.bootstrap_draws, seed=settings.seed)
+    metrics = list(_agreement_metrics(cosine_N, owner, bootstrap, same=variant is base))
+    frames = {
+        "sentences": pd.DataFrame({"document": owner, "sentence": texts, "cosine": cosine_N}).sort_values(
+            "cosine", kind="stable", ignore_index=True
+        )
+    }
+    if pairs and similar:
+        draws = Bootstrap(len(pairs.scores), draws=settings.bootstrap_draws, seed=settings.seed, unit="pairs")
+        metrics += _spearman_metrics(np.array(pairs.scores), *similar, draws, same=variant is base)
+        frames["pairs"] = _pair_frame(pairs, *similar)
+    return Result(
+        frames=frames,
+        views=_views(frames),
+        metrics=tuple(metrics),
+        provenance=Provenance(
+            method="embedding_agreement",
+            settings=settings.model_dump(mode="json"),
+            model_fingerprint=variant.fingerprint,
+            inputs={"documents": documents.fingerprint} | ({"pairs": pairs.fingerprint} if pairs else {}),
+            dtype=variant.dtype,
+            device=variant.device,
+            attention_kernel=str(variant.model.config._attn_implementation),
+            protocol=PROTOCOL,
+            conditions={
+                "text": documents.name,
+                "documents": bootstrap.n_documents,
+                "sentences": len(texts),
+                "pairs": pairs.name if pairs else "",
+                "max_tokens": settings.max_tokens,
+                "pooling": variant.pooling,
+                "fp32_path": path.name,
+                "threads": torch.get_num_threads(),
+                "base_dtype": base.dtype,
+                "base_fingerprint": base.fingerprint,
+            },
+            seconds=time.perf_counter() - began,
+        ),
+    )
+
+
+def spearman(first_RN: Floats, second_RN: Floats) -> Floats:
+    """[R] rank correlation of each row of two arrays [R, N]; NaN where a row is constant."""
+    from scipy.stats import rankdata
+
+    first_RN, second_RN = (rankdata(values, axis=1) for values in (first_RN, second_RN))
+    first_RN = first_RN - first_RN.mean(1, keepdims=True)
+    second_RN = second_RN - second_RN.mean(1, keepdims=True)
+    scale_R = np.sqrt((first_RN**2).sum(1) * (second_RN**2).sum(1))
+    correlation_R: Floats = (first_RN * second_RN).sum(1) / scale_R
+    return correlation_R
+
+
+@dataclass
+class _Vectors:
+    """Embeds lists of texts with both models and counts the lists that are done."""
+
+    base: LoadedModel
+    variant: LoadedModel
+    progress: Progress
+    max_tokens: int
+    total: int
+    done: int = 0
+
+    def of(self, texts: Sequence[str], what: str) -> tuple[Floats, Floats]:
+        """Vectors [N, d_model] of the base and of the variant; computed once where both are one model."""
+        self.progress(self.done, self.total, f"embedding {what}")
+        base_ND = self._of_one(self.base, "base", texts)
+        variant_ND = base_ND if self.variant is self.base else self._of_one(self.variant, "variant", texts)
+        if base_ND.shape != variant_ND.shape:
+            raise BadInput(
+                f"{self.base.ref} and {self.variant.ref} give vectors of {base_ND.shape[1]} and "
+                f"{variant_ND.shape[1]} numbers, which have no cosine; choose a variant of this base"
+            )
+        self.done += 1
+        self.progress(self.done, self.total, f"embedding {what}")
+        return base_ND, variant_ND
+
+    def _of_one(self, loaded: LoadedModel, role: str, texts: Sequence[str]) -> Floats:
+        vectors_ND: Floats = embed(loaded, texts, max_tokens=self.max_tokens).double().numpy()
+        finite_N = np.isfinite(vectors_ND).all(1)
+        if not finite_N.all():
+            text = texts[int(np.argmin(finite_N))]
+            raise CannotMeasure(
+                f"the {role} {loaded.ref} gives a vector that is not finite for {text[:60]!r}; "
+                "try float32, or discard this variant"
+            )
+        return vectors_ND
+
+
+def _sentences(
+    documents: Documents, settings: EmbeddingAgreementSettings
+) -> tuple[list[str], NDArray[np.int64]]:
+    """Sentences, and for each the number of its document among those that have any."""
+    if documents.split == "calibration":
+        raise BadInput(
+            f"{documents.name} was loaded for calibration, and a variant may have been fitted to it; "
+            "evaluate on the evaluation half"
+        )
+    per_document = [
+        found
+        for text in documents.texts[: settings.max_documents]
+        if (found := sentences(text, limit=settings.document_sentences))
+    ]
+    if not per_document:
+        raise CannotMeasure(f"{documents.name} has no sentence of five words or more; give prose")
+    owner = np.repeat(np.arange(len(per_document)), [len(found) for found in per_document])
+    return [sentence for found in per_document for sentence in found], owner
+
+
+def _cosines(first_ND: Floats, second_ND: Floats) -> Floats:
+    """[N] cosine of the angle between rows; exactly 1 for equal rows."""
+    lengths_N = np.sqrt((first_ND**2).sum(1) * (second_ND**2).sum(1))
+    cosine_N: Floats = (first_ND * second_ND).sum(1) / lengths_N
+    return cosine_N
+
+
+def _similarities(vectors: _Vectors, pairs: Pairs) -> tuple[Floats, Floats]:
+    """Cosine similarity of every pair's two texts under the base and under the variant."""
+    first_base, first_variant = vectors.of(pairs.first, "first texts of the pairs")
+    second_base, second_variant = vectors.of(pairs.second, "second texts of the pairs")
+    return _cosines(first_base, second_base), _cosines(first_variant, second_variant)
+
+
+def _agreement_metrics(
+    cosine_N: Floats, owner_N: NDArray[np.int64], bootstrap: Bootstrap, *, same: bool
+) -> tuple[Metric, ...]:
+    sums_D = np.bincount(owner_N, weights=cosine_N).astype(np.float64)
+    numbers_D = np.bincount(owner_N).astype(np.float64)
+    found = (
+        ("cosine_agreement", float(cosine_N.mean()), bootstrap.ratio(sums_D, numbers_D)),
+        (
+            "cosine_agreement_p1",
+            float(np.quantile(cosine_N, 0.01, method="inverted_cdf")),
+            bootstrap.quantile(cosine_N, owner_N, 0.01),
+        ),
+    )
+    exact = Interval.exact(1.0, "the variant is the base itself")
+    between = [(name, value, exact if same else interval) for name, value, interval in found]
+    return tuple(
+        Metric(name, value, "cosine", "higher", len(cosine_N), i.low, i.high, i.how)
+        for name, value, i in between
+    )
+
+
+def _spearman_metrics(
+    gold_N: Floats, base_N: Floats, variant_N: Floats, bootstrap: Bootstrap, *, same: bool
+) -> tuple[Metric, ...]:
+    def of(counts_RD: NDArray[np.int64], values_N: Floats) -> Floats:
+        rows, n = counts_RD.shape
+        drawn_RN = np.repeat(np.tile(np.arange(n), rows), counts_RD.ravel()).reshape(rows, n)
+        return spearman(gold_N[drawn_RN], values_N[drawn_RN])
+
+    def metric(name: str, value: float, interval: Interval) -> Metric:
+        how = interval.how
+        return Metric(name, value, "correlation", "higher", len(gold_N), interval.low, interval.high, how)
+
+    rho_base, rho_variant = (float(spearman(gold_N[None], values[None])[0]) for values in (base_N, variant_N))
+    difference = bootstrap.of(lambda counts_RD: of(counts_RD, variant_N) - of(counts_RD, base_N))
+    if same:
+        difference = Interval.exact(0.0, "the variant is the base itself")
+    return (
+        metric("spearman", rho_variant, bootstrap.of(lambda counts_RD: of(counts_RD, variant_N))),
+        metric("spearman_base", rho_base, bootstrap.of(lambda counts_RD: of(counts_RD, base_N))),
+        metric("delta_spearman", rho_variant - rho_base, difference),
+    )
+
+
+def _pair_frame(pairs: Pairs, base_N: Floats, variant_N: Floats) -> pd.DataFrame:
+    frame = pd.DataFrame(
+        {
+            "score": pairs.scores,
+            "text_a": pairs.first,
+            "text_b": pairs.second,
+            "similarity_base": base_N,
+            "similarity": variant_N,
+        }
+    )
+    frame["shift"] = frame["similarity"] - frame["similarity_base"]
+    return frame.sort_values("shift", key=abs, ascending=False, kind="stable", ignore_index=True)
+
+
+def _views(frames: Mapping[str, pd.DataFrame]) -> tuple[View, ...]:
+    found = [
+        View(
+            "scatter",
+            x="document",
+            y="cosine",
+            frame="sentences",
+            title="Cosine between the variant's and the base's vector of each sentence",
+            unit="cosine",
+            tooltip=("sentence",),
+        )
+    ]
+    if "pairs" in frames:
+        found.append(
+            View(
+                "scatter",
+                x="similarity_base",
+                y="similarity",
+                color="score",
+                frame="pairs",
+                title="Similarity of each labelled pair: variant against base",
+                unit="cosine",
+                tooltip=("text_a", "text_b", "shift"),
+            )
+        )
+    return tuple(found)
