@@ -1,113 +1,25 @@
 """Finding a model's anatomy from its modules, their shapes and its config.
 
-A layer is recognised by the modules it has, not by the model's name: each row of ``ATTENTION`` and ``MLP``
-below is one way the field lays out a layer, and the first row whose modules are all present is taken. So a new
-architecture built like Llama needs no line here. Names can lie, which is why ``anatomy_verify.py`` proves the
-result by running the model; what fits no row is refused here.
+Layers are recognised by the rows of ``anatomy_layouts.py``; what fits no row is refused here. The result is a claim,
+which ``anatomy_verify.py`` proves by running the model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from core.errors import AnatomyMismatch, CannotOpen
-from core.models.anatomy import Anatomy, Block, Fusion, NormPlace
+from core.models.anatomy import Anatomy, Block, Fusion
+from core.models.anatomy_layouts import (
+    ATTENTION,
+    FINAL_NORMS,
+    MLP,
+    POSITIONS,
+    ROUTERS,
+    SHARED_EXPERTS,
+    AttentionLayout,
+)
 from core.types import Family
-
-
-@dataclass(frozen=True)
-class _AttentionLayout:
-    """Paths inside a layer; ``norms`` are attention_norm, mlp_norm and, for a sandwich, the two after-norms."""
-
-    attention: str
-    q: str
-    k: str
-    v: str
-    o: str
-    norms: tuple[str, ...]
-    fusion: Fusion = "separate"
-    norm_place: NormPlace = "pre"
-    write: str = ""
-    """What attention adds to the residual, if not the attention module's own output."""
-
-
-@dataclass(frozen=True)
-class _MlpLayout:
-    module: str | None
-    gate: str | None
-    up: str
-    down: str
-
-
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-ATTENTION = (
-    # Gemma-2: its post_attention_layernorm is an after-norm, unlike Llama's, so this row comes first.
-    _AttentionLayout(
-        "self_attn",
-        *_QKV,
-        norms=(
-            "input_layernorm",
-            "pre_feedforward_layernorm",
-            "post_attention_layernorm",
-            "post_feedforward_layernorm",
-        ),
-        norm_place="sandwich",
-    ),
-    # Llama, Mistral, Qwen, Mixtral, OLMoE
-    _AttentionLayout("self_attn", *_QKV, norms=("input_layernorm", "post_attention_layernorm")),
-    # GPT-2
-    _AttentionLayout(
-        "attn", *3 * ("attn.c_attn",), "attn.c_proj", norms=("ln_1", "ln_2"), fusion="concatenated"
-    ),
-    # GPT-NeoX, Pythia
-    _AttentionLayout(
-        "attention",
-        *3 * ("attention.query_key_value",),
-        "attention.dense",
-        norms=("input_layernorm", "post_attention_layernorm"),
-        fusion="per_head",
-    ),
-    # OPT
-    _AttentionLayout(
-        "self_attn",
-        *_QKV[:3],
-        "self_attn.out_proj",
-        norms=("self_attn_layer_norm", "final_layer_norm"),
-    ),
-    # BERT
-    _AttentionLayout(
-        "attention.self",
-        "attention.self.query",
-        "attention.self.key",
-        "attention.self.value",
-        "attention.output.dense",
-        norms=("attention.output.LayerNorm", "output.LayerNorm"),
-        norm_place="post",
-        write="attention.output.dense",
-    ),
-    # ViT
-    _AttentionLayout(
-        "attention",
-        "attention.q_proj",
-        "attention.k_proj",
-        "attention.v_proj",
-        "attention.o_proj",
-        norms=("layernorm_before", "layernorm_after"),
-    ),
-)
-MLP = (
-    _MlpLayout("mlp", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-    _MlpLayout("mlp", None, "mlp.c_fc", "mlp.c_proj"),
-    _MlpLayout("mlp", None, "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-    _MlpLayout("mlp", None, "mlp.fc1", "mlp.fc2"),
-    _MlpLayout(None, None, "fc1", "fc2"),
-    _MlpLayout(None, None, "intermediate.dense", "output.dense"),
-)
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "layernorm")
-POSITIONS = ("wpe", "embed_positions", "embeddings.position_embeddings")
-ROUTERS = ("gate", "router")
-SHARED_EXPERTS = ("shared_expert", "shared_experts")
 
 
 def find_anatomy(model: Any) -> Anatomy:
@@ -132,6 +44,8 @@ def find_anatomy(model: Any) -> Anatomy:
     around = base.rpartition(".")[0]
     position_embedding = _position_path(model, base, around, family)
     embedding = _path_of(model, model.get_input_embeddings())
+    if embedding is None:
+        raise CannotOpen(f"{architecture} has no input embedding module; this architecture is not supported")
     head = _head(model)
     # A bidirectional encoder that is not pre-norm has no final norm: its last block already norms.
     final_norm = None if attention.norm_place == "post" else _first_present(model, base, FINAL_NORMS)
@@ -205,7 +119,7 @@ def _find_stack(model: Any, n_layers: int) -> tuple[str, Any]:
     return found[0]
 
 
-def _match_attention(layer: Any, path: str, architecture: str) -> _AttentionLayout:
+def _match_attention(layer: Any, path: str, architecture: str) -> AttentionLayout:
     for layout in ATTENTION:
         parts = (layout.attention, layout.q, layout.k, layout.v, layout.o, *layout.norms)
         if all(_submodule(layer, part) is not None for part in parts):
@@ -217,7 +131,7 @@ def _match_attention(layer: Any, path: str, architecture: str) -> _AttentionLayo
     )
 
 
-def _block(layer: Any, index: int, path: str, layout: _AttentionLayout) -> Block:
+def _block(layer: Any, index: int, path: str, layout: AttentionLayout) -> Block:
     sandwich = layout.norm_place == "sandwich"
     mlp = _mlp_parts(layer, path)
     write = layout.norms[2] if sandwich else layout.write or layout.attention
@@ -274,7 +188,7 @@ def _mlp_parts(layer: Any, path: str) -> dict[str, Any]:
     raise CannotOpen(f"{path}: the MLP ({children}) has no known layout; this architecture is not supported")
 
 
-def _family(model: Any, layout: _AttentionLayout) -> Family:
+def _family(model: Any, layout: AttentionLayout) -> Family:
     if model.main_input_name == "pixel_values":
         return "vision"
     return "encoder" if layout.norm_place == "post" else "decoder"
@@ -339,7 +253,8 @@ def _context_length(config: Any, family: Family) -> int:
 
 def _activation(config: Any) -> str:
     names = ("hidden_activation", "hidden_act", "activation_function")
-    return next(value for name in names if (value := getattr(config, name, None)))
+    found: str = next(value for name in names if (value := getattr(config, name, None)))
+    return found
 
 
 def _submodule(module: Any, path: str | None) -> Any | None:
@@ -356,11 +271,13 @@ def _path_or_none(model: Any, path: str) -> str | None:
 
 
 def _first_present(model: Any, base: str, names: tuple[str, ...]) -> str | None:
-    return next((path for name in names if _submodule(model, path := _join(base, name)) is not None), None)
+    paths = (_join(base, name) for name in names)
+    return next((path for path in paths if _submodule(model, path) is not None), None)
 
 
-def _path_of(model: Any, module: Any | None) -> Any:
-    return next((path for path, candidate in model.named_modules() if candidate is module), None)
+def _path_of(model: Any, module: Any | None) -> str | None:
+    paths = (str(path) for path, candidate in model.named_modules() if candidate is module)
+    return next(paths, None)
 
 
 def _join(base: str, name: str) -> str:

@@ -20,12 +20,13 @@ from filelock import FileLock
 from core.errors import CannotOpen
 from core.lazy import torch, transformers
 from core.models.checkpoint import file_hash
+from core.models.quiet import quiet
 from core.paths import cache_dir
 from core.types import Progress, silent
 
 MAGIC = b"GGUF"
 POLL_SECONDS = 0.5
-SECONDS_BASE, SECONDS_PER_MB = 15.0, 0.1
+SECONDS_BASE, SECONDS_PER_MB = 18.0, 0.1
 """Rough cost of a conversion, for the progress bar only."""
 
 
@@ -79,12 +80,15 @@ def _watched(work: Callable[[], None], expected: float, progress: Progress) -> N
 def _convert(file: Path, folder: Path) -> None:
     try:
         source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-        model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **source)
-        _forget_quantization(model)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # the parser of an untrusted file fails in any way it likes
+        with quiet():
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype=torch.float32, **source
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **source)
+            _forget_quantization(model)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except Exception as error:  # noqa: BLE001 - the parser of an untrusted file fails in any way it likes
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise CannotOpen(
                 f"no space left to convert {file.name} in {folder.parent}; free {_needed_mb(file):.0f} MB or move "

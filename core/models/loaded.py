@@ -7,7 +7,7 @@ It lives in one process. It does not know how it was opened (``open.py``) nor ho
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,6 +42,8 @@ class LoadedModel:
     """How an encoder's token vectors become one sentence vector."""
     notes: tuple[str, ...] = ()
     """Plain sentences a reader must know about these weights."""
+    checks: Mapping[str, float] = field(default_factory=dict)
+    """Identity of the anatomy → its largest relative difference, from ``verify_anatomy`` at load."""
     packed: dict[str, PackedTensor] = field(default_factory=dict)
     """Module path → packed weight; empty unless a compress step put it there."""
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)

@@ -7,13 +7,13 @@ random) is refused, as is one whose anatomy does not prove itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from core.errors import CannotOpen
 from core.lazy import torch, transformers
+from core.models.anatomy import Anatomy
 from core.models.anatomy_find import find_anatomy
 from core.models.anatomy_verify import verify_anatomy
 from core.models.checkpoint import fingerprint, read_config, stored_tensors, weight_files
@@ -21,6 +21,7 @@ from core.models.demo import demo, demo_files
 from core.models.gguf import converted_gguf
 from core.models.hub import hub_folder
 from core.models.loaded import LoadedModel, Pooling
+from core.models.quiet import quiet
 from core.types import ModelRef, Progress, silent
 
 VariantFolder = Callable[[str], Path]
@@ -46,11 +47,11 @@ def open_model(
     progress(0, 3, "reading weights")
     config = read_config(folder)
     tensors = stored_tensors(weight_files(folder))
-    with _quiet():
+    with quiet():
         model, notes = _load(ref, folder, config, tensors)
         progress(1, 3, "checking the anatomy")
-        anatomy = find_anatomy(model)
-        verify_anatomy(model, anatomy)
+        anatomy = _anatomy(model)
+        checks = verify_anatomy(model, anatomy)
         progress(2, 3, "reading the tokenizer")
         tokenizer = None if anatomy.family == "vision" else _tokenizer(ref, folder)
         processor = _processor(ref, folder) if anatomy.family == "vision" else None
@@ -66,6 +67,7 @@ def open_model(
         fingerprint=fingerprint(folder),
         pooling=_pooling(folder),
         notes=notes,
+        checks=checks,
     )
     progress(3, 3, "open")
     return loaded
@@ -95,21 +97,6 @@ def local_folder(
     return path
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and reports off the terminal: what matters becomes an error or a note."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _load(
     ref: ModelRef, folder: Path, config: dict[str, Any], tensors: dict[str, Any]
 ) -> tuple[Any, tuple[str, ...]]:
@@ -127,7 +114,12 @@ def _load(
     dtype = "auto" if ref.dtype == "stored" else getattr(torch, ref.dtype)
     try:
         model, report = getattr(transformers, auto).from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that the report names them; they are refused below
+            **options,
         )
         model = model.to(ref.device)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError) as error:
@@ -168,7 +160,7 @@ def _dense(folder: Path, quantization: dict[str, Any]) -> Any:
 def _reason(folder: Path, config: dict[str, Any], error: Exception) -> str:
     first = (str(error).strip().splitlines() or ["no message"])[0]
     kind = config.get("model_type")
-    known = kind in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+    known = kind in transformers.CONFIG_MAPPING
     if not known and "auto_map" in config:
         return f"{folder} needs its own Python code to load; allow it with trust_remote_code only if you trust its author"
     if not known:
@@ -194,6 +186,16 @@ def _refuse_partial(folder: Path, architecture: str, report: dict[str, Any]) -> 
     return unexpected
 
 
+def _anatomy(model: Any) -> Anatomy:
+    try:
+        return find_anatomy(model)
+    except (AttributeError, StopIteration) as error:
+        raise CannotOpen(
+            f"{type(model).__name__}: its config or modules lack what every supported architecture has ({error}); "
+            "this architecture is not supported"
+        ) from None
+
+
 def _tokenizer(ref: ModelRef, folder: Path) -> Any | None:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
@@ -201,7 +203,7 @@ def _tokenizer(ref: ModelRef, folder: Path) -> Any | None:
         return transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=ref.trust_remote_code
         )
-    except Exception as error:  # tokenizers raises plain Exception for a damaged file
+    except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exception for a damaged file
         raise CannotOpen(f"{folder}: the tokenizer does not load ({error}); fetch its files again") from None
 
 
@@ -209,7 +211,8 @@ def _processor(ref: ModelRef, folder: Path) -> Any | None:
     if not (folder / "preprocessor_config.json").is_file():
         return None
     try:
-        return transformers.AutoImageProcessor.from_pretrained(
+        processor_class: Any = transformers.AutoImageProcessor
+        return processor_class.from_pretrained(
             folder, local_files_only=True, trust_remote_code=ref.trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:

@@ -24,8 +24,9 @@ def split_heads(anatomy: Anatomy, output: Tensor, part: Literal["q", "k", "v"]) 
     if anatomy.fusion == "separate":
         return output.view(*lead, -1, anatomy.head_dim)
     if anatomy.fusion == "concatenated":
-        widths = [anatomy.n_heads * anatomy.head_dim, *2 * [anatomy.n_kv_heads * anatomy.head_dim]]
-        return output.split(widths, dim=-1)[index].view(*lead, -1, anatomy.head_dim)
+        heads = (anatomy.n_heads, anatomy.n_kv_heads, anatomy.n_kv_heads)
+        all_heads = output.view(*lead, -1, anatomy.head_dim)
+        return all_heads.narrow(-2, sum(heads[:index]), heads[index])
     return output.view(*lead, anatomy.n_heads, 3, anatomy.head_dim)[..., index, :]
 
 
