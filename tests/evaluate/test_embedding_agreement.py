@@ -45,7 +45,7 @@ def shaken(tmp_path: Path) -> LoadedModel:
 
 @pytest.fixture
 def pairs_file(tmp_path: Path) -> Path:
-    words = [" ".join(CORPUS[i % 4].split()[i % 7 : i % 7 + 5]) + f" {i}" for i in range(40)]
+    words = [" ".join(CORPUS[i % 4].split()[i % 5 : i % 5 + 3 + i // 5]) for i in range(40)]
     rows = [f"{(i * 7) % 11 / 2}\t{words[i]}\t{words[(i * 3 + 1) % 40]}" for i in range(40)]
     path = tmp_path / "pairs.tsv"
     path.write_text("\n".join(rows))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from math import exp, log
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from core.errors import BadInput, Cancelled, CannotMeasure
+from core.evaluate._checkpoint import Checkpoint
 from core.evaluate._token_scores import compare_logits
 from core.evaluate.language_modelling import (
     LanguageModellingSettings,
@@ -207,28 +207,33 @@ class TestKl:
 
 
 class TestRestart:
-    def test_goes_on_where_it_was_stopped(self, other: LoadedModel):
+    def test_goes_on_where_it_was_stopped(self, other: LoadedModel, tmp_path: Path):
         base = tiny_model("llama")
         whole = run(base, other, TEXT, silent, _settings())
-        kept: dict[int, str] = {}
+        file = tmp_path / "job" / "documents.jsonl"
+        before = Checkpoint(file)
 
         def stop_after_five(index: int, row: dict[str, Any]) -> None:
-            kept[index] = json.dumps(row)
-            if len(kept) == 5:
+            before.add(index, row)
+            if len(before.rows) == 5:
                 raise Cancelled("stop")
 
         with pytest.raises(Cancelled):
             evaluate_documents(base, other, TEXT, silent, _settings(), on_document=stop_after_five)
+        with file.open("a") as torn:
+            torn.write('{"document": 5, "tok')
+        after = Checkpoint(file)
+        assert set(after.rows) == set(range(5))
         again: list[int] = []
+
+        def add(index: int, row: dict[str, Any]) -> None:
+            again.append(index)
+            after.add(index, row)
+
         resumed = evaluate_documents(
-            base,
-            other,
-            TEXT,
-            silent,
-            _settings(),
-            finished={index: json.loads(row) for index, row in kept.items()},
-            on_document=lambda index, _: again.append(index),
+            base, other, TEXT, silent, _settings(), finished=after.rows, on_document=add
         )
+        assert Checkpoint(file).rows == after.rows
         assert again == list(range(5, len(TEXT.texts)))
         assert resumed.metrics == whole.metrics
         for name, frame in whole.frames.items():
