@@ -26,8 +26,9 @@ class Database:
 
     def __init__(self, url: str, *, read_only: bool) -> None:
         """Open it; raises ``CatalogError`` when it is missing (reader), newer than the code, or unreachable."""
-        self.url = url
-        self._parsed = parse_url(self.url)
+        self._parsed = parse_url(url)
+        self.url = self._parsed.render_as_string(hide_password=False)
+        """Complete enough to be handed to another process, in another folder."""
         self.folder, self.name = home(self._parsed)
         """Where artifacts, job logs and scratch folders are, and the catalog's name among others there."""
         file = sqlite_file(self._parsed)

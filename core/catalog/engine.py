@@ -31,7 +31,7 @@ _PRAGMAS = (
 
 
 def parse_url(url: str) -> URL:
-    """Read a catalog URL; raises ``CatalogError`` when it is none, or SQLite without a file."""
+    """Read a catalog URL, a SQLite file's path made absolute; raises ``CatalogError`` when it is no such URL."""
     try:
         parsed = make_url(url)
     except ArgumentError:
@@ -97,7 +97,7 @@ def sqlite_file(url: URL) -> Path | None:
     if url.get_backend_name() != "sqlite":
         return None
     assert url.database is not None
-    return Path(url.database).expanduser().absolute()
+    return Path(url.database)
 
 
 def home(url: URL) -> tuple[Path, str]:

@@ -20,7 +20,7 @@ from datetime import datetime
 
 from core.catalog.store import Catalog
 from core.catalog.tables import JobRow
-from core.errors import WorkerDied
+from core.errors import BadInput, CatalogError, SlimscopeError, WorkerDied
 from core.jobs import ledger
 from core.jobs.executors.local import LocalExecutor, Worker
 from core.jobs.lock import hold_lock, lock_path, supervisor_pid
@@ -75,11 +75,16 @@ class Supervisor:
 
     def run(self) -> None:
         """Go on until there has been nothing to do for ``idle_s``."""
-        idle_since = time.monotonic()
+        idle_since, said = time.monotonic(), ""
         while time.monotonic() - idle_since < self._timing.idle_s:
-            self.round()
-            if Queue(self._catalog).active_count() or self._executor.job_ids:
-                idle_since = time.monotonic()
+            try:
+                self.round()
+                if Queue(self._catalog).active_count() or self._executor.job_ids:
+                    idle_since = time.monotonic()
+            except CatalogError as error:  # a full disk, a server restarted: workers go on, and so do we
+                if str(error) != said:
+                    said = str(error)
+                    sys.stderr.write(f"{said}\n")
             time.sleep(self._timing.poll_s)
 
     def round(self) -> None:
@@ -238,13 +243,23 @@ def ensure_supervisor(url: str, *, timing: Timing | None = None, patience_s: flo
     return pid
 
 
+def _workers() -> int:
+    """How many jobs may run at once here (``SLIMSCOPE_WORKERS``, default 1); raises ``BadInput``."""
+    text = os.environ.get("SLIMSCOPE_WORKERS", "1")
+    if not text.isdigit() or int(text) < 1:
+        raise BadInput(f"SLIMSCOPE_WORKERS is {text!r}; it is how many jobs may run at once: 1 or more")
+    return int(text)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line of the daemon; the catalog is ``SLIMSCOPE_CATALOG``."""
     parser = argparse.ArgumentParser(prog="core.jobs.supervisor", description=__doc__)
     parser.add_argument("--timing", type=json.loads, default={}, help="JSON of Timing")
     timing = Timing(**parser.parse_args(arguments).timing)
-    catalog = Catalog()
-    workers = int(os.environ.get("SLIMSCOPE_WORKERS", "1"))
+    try:
+        catalog, workers = Catalog(), _workers()
+    except SlimscopeError as error:
+        sys.exit(str(error))
     while (lock := hold_lock(catalog.url)) is not None:
         sweep(catalog)
         Supervisor(catalog, timing=timing, workers=workers).run()

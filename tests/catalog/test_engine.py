@@ -50,6 +50,16 @@ def test_sqlite_connections_follow_the_rules(tmp_path: Path) -> None:
     assert found == expected
 
 
+def test_a_relative_path_means_the_same_file_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = base_of(catalog := Catalog("sqlite:///here.sqlite"))
+    monkeypatch.chdir("/")
+    assert Catalog(catalog.url, read_only=True).variants() == [base]
+    assert catalog.folder == tmp_path
+
+
 def test_foreign_keys_hold(catalog: Catalog) -> None:
     with pytest.raises(CatalogError, match=r"(?i)foreign key"), catalog.write() as session:
         session.execute(text("INSERT INTO variant_edge VALUES ('no', 'body', 0, 'source')"))

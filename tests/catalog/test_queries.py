@@ -6,7 +6,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from core.catalog.queries import MEASURES, lineage, tradeoff_frame, variant_detail
+from core.catalog.queries import MEASURES, bases, lineage, tradeoff_frame, variant_detail
 from core.catalog.store import Catalog
 from core.errors import BadInput
 from core.types import Measurement, Variant
@@ -95,3 +95,13 @@ def test_detail_holds_runs_layers_and_frames(catalog: Catalog, base: Variant) ->
     assert len(detail.layer_errors) == len(LAYERS)
     with pytest.raises(BadInput):
         variant_detail(catalog, "nobody")
+
+
+def test_bases_are_listed_by_their_newest_work(catalog: Catalog, base: Variant) -> None:
+    base_of(catalog, "other")
+    catalog.add_variant(variant_of(base, "v1"))
+    catalog.add_variant(variant_of(base, "v2"))
+    catalog.hide_variant("v2")
+    found = bases(catalog)
+    assert found["name"].tolist() == ["tiny", "other"]
+    assert found["variants"].tolist() == [1, 0]

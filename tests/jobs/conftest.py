@@ -16,7 +16,7 @@ from core.jobs.queue import Queue
 from core.jobs.supervisor import Timing, ensure_supervisor
 from core.types import Job
 
-QUICK = Timing(poll_s=0.05, start_s=60.0, stale_s=8.0, grace_s=1.0, kill_s=1.0, idle_s=120.0)
+QUICK = Timing(poll_s=0.05, start_s=60.0, stale_s=40.0, grace_s=1.0, kill_s=1.0, idle_s=120.0)
 
 
 def until(condition: Callable[[], object], *, timeout_s: float = 90.0) -> None:

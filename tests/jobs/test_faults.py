@@ -6,13 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import psutil
 import pytest
 
+from core.errors import WorkerDied
 from core.jobs.lock import supervisor_pid
 from core.jobs.logs import tail
 from core.jobs.queue import device_token
+from core.jobs.supervisor import ensure_supervisor
 from tests.jobs.conftest import QUICK, Engine, gone, until
 
 pytestmark = pytest.mark.slow
@@ -107,7 +110,7 @@ def test_cancel_kills_a_deaf_worker_and_its_grandchildren(engine: Engine) -> Non
 
 
 def test_a_worker_without_sign_of_life_is_killed_and_replaced(engine: Engine) -> None:
-    engine.start()
+    engine.start(replace(QUICK, stale_s=8.0))
     job = engine.queue.submit("frozen", {})
     pid = engine.running_pid(job)
     ended = engine.wait(job)
@@ -144,9 +147,13 @@ def test_there_is_one_supervisor_and_it_is_nobodys_child(engine: Engine) -> None
     assert os.getsid(pid) != os.getsid(0), "closing the terminal, or killing the UI, does not reach it"
 
 
-def test_an_idle_supervisor_ends_and_the_next_submit_starts_another(engine: Engine) -> None:
-    from dataclasses import replace
+def test_a_supervisor_that_cannot_start_says_why(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIMSCOPE_WORKERS", "many")
+    with pytest.raises(WorkerDied, match="SLIMSCOPE_WORKERS is 'many'"):
+        ensure_supervisor(engine.catalog.url, patience_s=20.0)
 
+
+def test_an_idle_supervisor_ends_and_the_next_submit_starts_another(engine: Engine) -> None:
     first = engine.start(replace(QUICK, idle_s=0.5))
     until(lambda: supervisor_pid(engine.catalog.url) is None)
     until(lambda: gone(first))
