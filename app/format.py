@@ -40,7 +40,8 @@ def significant(value: float, digits: int = 3) -> str:
         return "0"
     if math.isnan(value) or math.isinf(value):
         return NONE if math.isnan(value) else ("∞" if value > 0 else "-∞")
-    magnitude = math.floor(math.log10(abs(value)))
+    rounded = float(f"{value:.{digits - 1}e}")  # 0.9996 is 1.00, not 1.000
+    magnitude = math.floor(math.log10(abs(rounded)))
     if not -4 <= magnitude < 6:
         return f"{value:.{digits - 1}e}"
     return f"{value:,.{max(0, digits - 1 - magnitude)}f}"

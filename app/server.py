@@ -29,7 +29,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from streamlit import config
 
-from core.paths import catalog_url, data_dir
+from app import engine
+from core.jobs.supervisor import ensure_supervisor
+from core.paths import catalog_url
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY = ROOT / "app" / "main.py"
@@ -97,7 +99,7 @@ def _host_allowed(scope: Scope) -> bool:
 
 def artifact(request: Request) -> FileResponse:
     """Send one file of a stored artifact, by ranges if asked; anything outside the store is a 404."""
-    store = (data_dir() / "artifacts").resolve()
+    store = engine.catalog().artifacts.root.resolve()
     path = (store / request.path_params["path"]).resolve()
     if not path.is_relative_to(store) or not path.is_file():
         raise HTTPException(404)
@@ -106,10 +108,7 @@ def artifact(request: Request) -> FileResponse:
 
 @asynccontextmanager
 async def lifespan(app: st.App) -> AsyncIterator[dict[str, Any]]:
-    """Import what the first page needs, start the supervisor, and freeze what is now permanent."""
-    import altair  # noqa: F401
-    from core.jobs.supervisor import ensure_supervisor
-
+    """Start the supervisor, and freeze what importing ``app.engine`` has made permanent."""
     ensure_supervisor(catalog_url())
     # Streamlit's collections walk the heap; what was imported by now never becomes garbage.
     gc.collect()

@@ -47,6 +47,9 @@ def choice(
     elif not st.session_state.get(key) or (st.session_state[key] not in titles and not free):
         st.session_state[key] = default
 
+    if st.session_state[key] not in titles:  # what was typed is an option too
+        titles = {**titles, st.session_state[key]: st.session_state[key]}
+
     def remember() -> None:
         if st.session_state.get(key):
             st.query_params[key] = st.session_state[key]

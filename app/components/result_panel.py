@@ -184,7 +184,7 @@ def _map(result: Result, group: tuple[View, ...], key: str) -> None:
 def _colour(group: tuple[View, ...], key: str) -> View:
     by_column = {str(view.color): view for view in group}
     few = len(group) <= 3
-    widget: Callable[..., Any] = st.segmented_control if few else st.selectbox
+    widget: Any = st.segmented_control if few else st.selectbox
     column = state.choice(
         widget,
         "Colour",
@@ -276,6 +276,11 @@ def _detail(
     )
 
 
+def _reading_order(view: View) -> list[str]:
+    """A table's columns: where it is, what it says, then the numbers."""
+    return list(dict.fromkeys([view.x, *([view.text] if view.text else []), *view.columns]))
+
+
 def _fact(value: object) -> str:
     """One number of a cell; a token keeps its own characters."""
     return format.number(float(value)) if isinstance(value, float | np.floating) else visible(str(value))
@@ -295,7 +300,7 @@ def _charts(result: Result, views: Sequence[View], name: str) -> None:
                 st.header(esc(view.title), anchor=False, width="stretch")
                 export_menu(frame, drawn, name=key, key=key)
             if drawn is None:
-                table(frame[list(view.columns)], view, key=key)
+                table(frame[_reading_order(view)], view, key=key)
             else:
                 st.altair_chart(drawn, key=f"{key}_chart", alt=view.title)
 
