@@ -202,43 +202,40 @@ def build_parser() -> argparse.ArgumentParser:
         parser.set_defaults(command=run)
         return parser
 
-    model = {
-        "metavar": "MODEL",
-        "help": "demo:NAME, variant:ID, a folder, a .gguf file, or a hub id with optional @revision",
-    }
-    documents = {
-        "default": "pydoc",
-        "metavar": "SOURCE",
-        "help": "pydoc, a .txt or .jsonl file, or hub:ID (default: %(default)s)",
-    }
-    settings = {
-        "action": "append",
-        "default": [],
-        "metavar": "KEY=VALUE",
-        "help": "a setting of the method; repeatable (see `slimscope methods`)",
-    }
+    def takes_model(parser: argparse.ArgumentParser, name: str) -> None:
+        text = "demo:NAME, variant:ID, a folder, a .gguf file, or a hub id with optional @revision"
+        required = {} if name == "model" else {"required": True}
+        parser.add_argument(name, metavar="MODEL", help=text, **required)  # type: ignore[arg-type]
 
-    add("open", command_open).add_argument("model", **model)
+    def takes_text(parser: argparse.ArgumentParser, *names: str) -> None:
+        text = "pydoc, a .txt or .jsonl file, or hub:ID (default: %(default)s)"
+        for name in names:
+            parser.add_argument(name, default="pydoc", metavar="SOURCE", help=text)
+
+    def takes_settings(parser: argparse.ArgumentParser) -> None:
+        text = "a setting of the method; repeatable (see `slimscope methods`)"
+        parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+
+    takes_model(add("open", command_open), "model")
     parser = add("methods", command_methods)
     parser.add_argument(
         "--kind", choices=["probe", "compress", "evaluate", "profile"], help="only methods of this kind"
     )
     parser = add("probe", command_probe)
     parser.add_argument("method", help="id of a probe, e.g. logit_lens")
-    parser.add_argument("--model", required=True, **model)
+    takes_model(parser, "--model")
     parser.add_argument("--text", default=DEFAULT_TEXT, help="the prompt")
     parser.add_argument("--second", help="second text of a pair, for encoders")
-    parser.add_argument("--set", **settings)
+    takes_settings(parser)
     parser = add("compress", command_compress)
     parser.add_argument("method", help="id of a compress method, e.g. rtn")
-    parser.add_argument("--model", required=True, **model)
-    parser.add_argument("--set", **settings)
-    parser.add_argument("--calibration", **documents)
+    takes_model(parser, "--model")
+    takes_settings(parser)
+    takes_text(parser, "--calibration")
     parser = add("run", command_run)
     parser.add_argument("recipe", help="a recipe file (JSON)")
-    parser.add_argument("--model", required=True, **model)
-    parser.add_argument("--calibration", **documents)
-    parser.add_argument("--documents", **documents)
+    takes_model(parser, "--model")
+    takes_text(parser, "--calibration", "--documents")
     parser.add_argument(
         "--tier",
         default="rapid",
@@ -247,15 +244,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--with-base", action="store_true", help="measure the base too, in the same session")
     parser = add("evaluate", command_evaluate)
-    parser.add_argument("model", **model)
+    takes_model(parser, "model")
     parser.add_argument("--method", help="id of an evaluation (default: by model family)")
-    parser.add_argument("--documents", **documents)
-    parser.add_argument("--set", **settings)
+    takes_text(parser, "--documents")
+    takes_settings(parser)
     parser = add("profile", command_profile)
-    parser.add_argument("model", **model)
+    takes_model(parser, "model")
     parser.add_argument("--runtime", default="torch_eager", help="id of a runtime (default: %(default)s)")
     parser.add_argument("--tier", choices=["rapid", "quick", "full"], help="how long to measure")
-    parser.add_argument("--set", **settings)
+    takes_settings(parser)
     parser = add("compare", command_compare)
     parser.add_argument(
         "--base", metavar="MODEL", help="only variants of this base: its id or how it was opened"

@@ -91,12 +91,9 @@ def _disk() -> Check:
 
 
 def _demo_models() -> Check:
-    from core.models.demo import demos
+    from core.models.demo import demo_files, demos
 
-    missing = [name for name, demo in demos().items() if demo.path() is None]
-    if missing:
-        return Check("demo models", "note", f"missing: {', '.join(missing)}", "run `make setup`")
-    return Check("demo models", "ok", ", ".join(f"demo:{name}" for name in demos()))
+    return Check("demo models", "ok", ", ".join(f"demo:{name} ({demo_files(name).name})" for name in demos()))
 
 
 def _catalog() -> Check:
@@ -109,7 +106,7 @@ def _cpu() -> Check:
     from core.models.fp32_path import fast_fp32
 
     with fast_fp32() as path:
-        return Check("float32 on this CPU", "ok", f"{path}; {torch.get_num_threads()} threads")
+        return Check("float32 on this CPU", "ok", f"{path.name}; {torch.get_num_threads()} threads")
 
 
 def _cuda() -> Check:

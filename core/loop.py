@@ -250,21 +250,19 @@ def _entry_of(catalog: Catalog, loaded: LoadedModel) -> Variant:
 
 
 def _enter_base(catalog: Catalog, loaded: LoadedModel) -> Variant:
-    from core.models.sizes import stored_bytes
+    from core.models.sizes import model_card
 
-    ref = loaded.ref
-    source = str(Path(ref.source).expanduser().resolve()) if ref.kind in ("folder", "gguf") else str(ref)
-    parameters = sum({p.data_ptr(): p.numel() for p in loaded.model.parameters()}.values())
-    nbytes = stored_bytes(loaded.folder)
+    ref, card = loaded.ref, model_card(loaded)
+    on_disk = ref.kind in ("folder", "gguf")
     return catalog.add_base(
-        source,
-        name=Path(ref.source).name if ref.kind in ("folder", "gguf") else str(ref),
-        fingerprint=loaded.fingerprint,
-        architecture=loaded.anatomy.model_type,
-        family=loaded.family,
-        parameters=parameters,
-        nbytes=nbytes,
-        bits_per_weight=nbytes * 8 / parameters,
+        str(Path(ref.source).expanduser().resolve()) if on_disk else str(ref),
+        name=Path(ref.source).name if on_disk else str(ref),
+        fingerprint=card.fingerprint,
+        architecture=loaded.anatomy.architecture,
+        family=card.family,
+        parameters=card.parameters,
+        nbytes=card.file_bytes,
+        bits_per_weight=card.file_bytes * 8 / card.parameters,
         format="safetensors",
     )
 
