@@ -1,1 +1,1 @@
-"""Number formats and their packing, in plain torch; knows nothing of models."""
+"""Number formats: integer grids, narrow floats, bit packing, stored sizes. Knows tensors, not models."""

@@ -1,0 +1,79 @@
+"""Run as a file in a fresh process: load a folder with plain transformers and say what came out.
+
+Imports nothing of Slimscope, so that what it shows is what any user of transformers gets. Called as
+``python -I _fresh_load.py REQUEST.json``; the request names the folder, the auto class, the probe inputs, where to
+write outputs, and the conditions (threads, kernels) the comparison needs. Prints nothing; writes ``answer`` as JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def digest(tensor: Any) -> str:
+    """SHA-256 of a tensor's shape, dtype and bytes."""
+    import torch
+
+    head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(
+        head + data.tobytes() if data.nbytes < 1 << 20 else _streamed(head, data)
+    ).hexdigest()
+
+
+def _streamed(head: bytes, data: Any) -> bytes:
+    inner = hashlib.sha256(head)
+    inner.update(memoryview(data))
+    return inner.digest()
+
+
+def output_of(model: Any, inputs: dict[str, Any]) -> Any:
+    """What is compared: logits, or for a model without a head its last hidden states."""
+    import torch
+
+    with torch.inference_mode():
+        output = model(**inputs)
+    return output["logits"] if "logits" in output else output["last_hidden_state"]
+
+
+def main(request_path: str) -> None:
+    """Answer one request."""
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    request = json.loads(Path(request_path).read_text(encoding="utf-8"))
+    torch.set_num_threads(request["threads"])
+    torch.backends.mkldnn.matmul.fp32_precision = request["matmul_precision"]
+    started = time.monotonic()
+    loader = getattr(transformers, request["loader"])
+    model, report = loader.from_pretrained(request["folder"], output_loading_info=True, **request["options"])
+    seconds = time.monotonic() - started
+    model.eval()
+    output = output_of(model, load_file(request["inputs"]))
+    save_file({"output": output.contiguous()}, request["output"])
+    ties = {
+        name: model.get_parameter(name).data_ptr() == model.get_parameter(source).data_ptr()
+        for name, source in request["ties"].items()
+    }
+    answer = {
+        "missing": sorted(report["missing_keys"]),
+        "unexpected": sorted(report["unexpected_keys"]),
+        "mismatched": sorted(str(key) for key in report["mismatched_keys"]),
+        "ties": ties,
+        "digests": {name: digest(parameter) for name, parameter in model.named_parameters()},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "load_seconds": seconds,
+        "engine_modules": sorted(name for name in sys.modules if name.partition(".")[0] == "core"),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
