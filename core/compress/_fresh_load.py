@@ -49,7 +49,7 @@ def main(request_path: str) -> None:
 
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     torch.set_num_threads(request["threads"])
-    torch.backends.mkldnn.matmul.fp32_precision = request["matmul_precision"]
+    torch.backends.mkldnn.matmul.fp32_precision = request["matmul_precision"]  # type: ignore[attr-defined]
     started = time.monotonic()
     loader = getattr(transformers, request["loader"])
     model, report = loader.from_pretrained(request["folder"], output_loading_info=True, **request["options"])

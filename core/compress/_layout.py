@@ -121,10 +121,11 @@ def _pieces(loaded: LoadedModel, packed: dict[str, PackedTensor]) -> dict[str, P
     for name, part in codes.items():
         lead = part.shape[:-1]
         assert tags[name].shape[:-1] == lead, f"{name}: a tag was not cut as its codes were"
-        assert len(tags[name].unique()) == 1, f"{name} mixes several weights, whose schemes could differ"
+        tag = int(tags[name].flatten()[0])
+        assert bool((tags[name] == tag).all()), f"{name} mixes several weights, whose schemes could differ"
         scale = scales.get(name)
         assert scale is None or scale.shape[:-1] == lead, f"{name}: scales were not cut as the codes were"
-        scheme = origins[int(tags[name].flatten()[0])].scheme
+        scheme = origins[tag].scheme
         pieces[name.removesuffix(".weight")] = PackedTensor(part, scale, zeros.get(name), scheme)
     return pieces
 

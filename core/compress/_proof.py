@@ -154,7 +154,7 @@ def _ask(
         "options": _options(loaded),
         "ties": tied_names(loaded.model),
         "threads": torch.get_num_threads(),
-        "matmul_precision": torch.backends.mkldnn.matmul.fp32_precision,
+        "matmul_precision": torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
     }
     (scratch / "request.json").write_text(json.dumps(request), encoding="utf-8")
     code, words = _run_fresh(scratch, progress)

@@ -89,6 +89,8 @@ def save_variant(
         _copy_companions(loaded.folder, incoming)
         _write_config(loaded, incoming)
         safetensors.torch.save_file(file_tensors(loaded), incoming / WEIGHTS, metadata={"format": "pt"})
+        # safetensors makes its file readable by its owner only.
+        shutil.copymode(incoming / "config.json", incoming / WEIGHTS)
         _write_json(incoming / "recipe.json", provenance["recipe"])
         _write_json(incoming / "slimscope.json", provenance)
     sizes = {t.module: p.numel() for t, p in zip(targets(loaded), loaded.model.parameters(), strict=True)}

@@ -214,5 +214,5 @@ def _table_note(schemes: dict[str, Scheme]) -> str:
         return ""
     return (
         "The 8-bit embedding or head is float8 (e4m3) without scales, because transformers reads one integer grid per "
-        "model: about 31 dB signal to noise, against 39 dB of int8 and 57 dB of bfloat16."
+        "model: about 31 dB signal to noise. With bits=8 it is int8; 16 keeps it almost exact."
     )

@@ -30,7 +30,8 @@ def quantize(
     ``scale_dtype`` is what scales are stored in, and codes are chosen against the stored scale; None takes
     ``storable_dtype``.
     """
-    groups_RGK = weight_RC.float().unflatten(-1, (scheme.groups(weight_RC.shape[-1]), -1))
+    *lead, columns = weight_RC.shape
+    groups_RGK = weight_RC.float().reshape(*lead, scheme.groups(columns), -1)
     scale_RG = _scale(groups_RGK, scheme)
     scale_RG = scale_RG.to(storable_dtype(scale_RG) if scale_dtype is None else scale_dtype)
     low, high = code_range(scheme.bits)

@@ -35,7 +35,7 @@ class PackedTensor:
         """The weight [R, C], in the scale's dtype: compressed-tensors multiplies there, and so must we."""
         if self.scale is None:
             return self.codes
-        groups_RGK = self.codes.unflatten(-1, (self.scale.shape[-1], -1)).to(self.scale.dtype)
+        groups_RGK = self.codes.reshape(*self.scale.shape, -1).to(self.scale.dtype)
         if self.zero_point is not None:
             groups_RGK -= self.zero_point.unsqueeze(-1)
         return groups_RGK.mul_(self.scale.unsqueeze(-1)).flatten(-2)

@@ -46,9 +46,14 @@ def pack(codes_RC: Tensor, bits: int) -> Tensor:
         out_RNY[..., byte] |= values_RNE[..., element] << offset
         if offset + bits > 8:
             out_RNY[..., byte + 1] |= values_RNE[..., element] >> (8 - offset)
-    wanted = packed_words(columns, bits) * WORD_BYTES
-    out_RB = out_RNY.view(rows, periods * nbytes)
-    return torch.nn.functional.pad(out_RB, (0, wanted - out_RB.shape[1])).contiguous().view(torch.int32)
+    # Whole words: zeros up to the next one, or less than the last period's bytes.
+    stream_RB = out_RNY.view(rows, periods * nbytes)
+    words_RB = torch.zeros(
+        rows, packed_words(columns, bits) * WORD_BYTES, dtype=torch.uint8, device=codes_RC.device
+    )
+    used = min(stream_RB.shape[1], words_RB.shape[1])
+    words_RB[:, :used] = stream_RB[:, :used]
+    return words_RB.view(torch.int32)
 
 
 def unpack(packed_RW: Tensor, bits: int, columns: int) -> Tensor:
