@@ -1,0 +1,174 @@
+"""What is written reloads to the same weights, in the bytes that were predicted, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+from core.compress._proof import _loader, _options, _probe_inputs
+from core.compress._store import predicted_bytes
+from core.errors import CannotCompress
+from core.models.loaded import LoadedModel
+from tests.compress.making import apply, own_model, save
+from tests.tiny import FAMILIES
+
+INT8: dict[str, Any] = {"bits": 8, "group_size": "channel", "scheme": "symmetric"}
+INT4: dict[str, Any] = {"bits": 4}
+INT3: dict[str, Any] = {"bits": 3, "group_size": "64", "embedding_bits": 16}
+INT2: dict[str, Any] = {"bits": 2, "group_size": "32", "scheme": "symmetric", "embedding_bits": 2}
+
+
+def reloaded(loaded: LoadedModel, folder: Path) -> Any:
+    model, report = getattr(transformers, _loader(loaded)).from_pretrained(
+        folder, output_loading_info=True, **_options(loaded)
+    )
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def assert_same(loaded: LoadedModel, folder: Path) -> None:
+    again = reloaded(loaded, folder)
+    parameters = dict(again.named_parameters())
+    for name, parameter in loaded.model.named_parameters():
+        assert torch.equal(parameters[name], parameter), name
+        assert parameters[name].dtype == parameter.dtype, name
+    for name, source in loaded.model.all_tied_weights_keys.items():
+        assert again.get_parameter(name) is again.get_parameter(source)
+    inputs = _probe_inputs(loaded)
+    with torch.inference_mode():
+        assert torch.equal(again(**inputs)[0], loaded.model(**inputs)[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("settings", [INT8, INT4], ids=["int8", "int4"])
+def test_every_family_reloads_bit_for_bit(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    loaded = own_model(family, tmp_path)
+    result = apply(loaded, "rtn", **settings)
+    saved = save(loaded, result, tmp_path / "variant")
+    assert_same(loaded, tmp_path / "variant")
+    assert saved.bytes == pytest.approx(saved.predicted_bytes, rel=0.02)
+    assert saved.bytes == (tmp_path / "variant/model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("settings", [INT3, INT2], ids=["int3", "int2"])
+@pytest.mark.parametrize("family", ["smollm", "llama", "mixtral", "gpt2"])
+def test_odd_widths_reload_too(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    loaded = own_model(family, tmp_path)
+    saved = save(loaded, apply(loaded, "rtn", **settings), tmp_path / "variant")
+    assert_same(loaded, tmp_path / "variant")
+    assert saved.bytes == pytest.approx(saved.predicted_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["smollm", "bert", "vit", "olmoe"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_casts_reload_in_their_dtype(family: str, dtype: str, tmp_path: Path) -> None:
+    loaded = own_model(family, tmp_path)
+    saved = save(loaded, apply(loaded, "cast", dtype=dtype), tmp_path / "variant")
+    assert saved.format == dtype
+    assert_same(loaded, tmp_path / "variant")
+    assert saved.bytes == pytest.approx(saved.predicted_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["smollm", "mixtral"])
+def test_cast_then_rtn_keeps_the_rest_in_16_bits(family: str, tmp_path: Path) -> None:
+    loaded = own_model(family, tmp_path)
+    apply(loaded, "cast")
+    save(loaded, apply(loaded, "rtn", bits=4), tmp_path / "variant")
+    assert_same(loaded, tmp_path / "variant")
+    assert reloaded(loaded, tmp_path / "variant").dtype is torch.bfloat16
+
+
+def test_a_tied_tensor_is_in_the_file_once(tmp_path: Path) -> None:
+    loaded = own_model("smollm", tmp_path)
+    save(loaded, apply(loaded, "rtn", **INT8), tmp_path / "variant")
+    with safe_open(tmp_path / "variant/model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert "model.embed_tokens.weight_packed" in names
+    assert not any(name.startswith("lm_head") for name in names)
+
+
+def test_saving_does_not_change_the_model(tmp_path: Path) -> None:
+    loaded = own_model("mixtral", tmp_path)
+    result = apply(loaded, "rtn", **INT4)
+    inputs = _probe_inputs(loaded)
+    with torch.inference_mode():
+        before = loaded.model(**inputs)[0].clone()
+        save(loaded, result, tmp_path / "variant")
+        assert torch.equal(loaded.model(**inputs)[0], before)
+
+
+def test_smaller_bits_are_smaller_files(tmp_path: Path) -> None:
+    sizes = []
+    for bits in (8, 4, 3, 2):
+        loaded = own_model("llama", tmp_path / str(bits))
+        apply(loaded, "rtn", bits=bits)
+        sizes.append(predicted_bytes(loaded))
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 4
+
+
+def test_companion_files_come_along_and_weights_do_not(tmp_path: Path) -> None:
+    loaded = own_model("bert", tmp_path)
+    base = tmp_path / "base"
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling/config.json").write_text('{"pooling_mode_cls_token": true}')
+    (base / "pytorch_model.bin").write_bytes(b"never copied")
+    (base / "model.safetensors.index.json").write_text("{}")
+    saved = save(loaded, apply(loaded, "cast"), tmp_path / "variant")
+    assert {"1_Pooling/config.json", "tokenizer.json", "config.json", "recipe.json", "slimscope.json"} <= set(
+        saved.files
+    )
+    assert not {"pytorch_model.bin", "model.safetensors.index.json"} & set(saved.files)
+    assert json.loads((tmp_path / "variant/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_disk_without_room_is_refused_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = own_model("llama", tmp_path)
+    result = apply(loaded, "cast")
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, used=10**9, free=1000)
+    )
+    with pytest.raises(CannotCompress, match=r"has 0 MB free but this variant needs \d+ MB"):
+        save(loaded, result, tmp_path / "variants/one")
+    assert list((tmp_path / "variants").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["os", "safetensors"],
+)
+def test_a_disk_that_fills_while_writing_leaves_nothing(
+    failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    def fill(tensors: Any, path: Path, metadata: Any) -> None:
+        Path(path).write_bytes(b"half a file")
+        raise failure
+
+    loaded = own_model("llama", tmp_path)
+    result = apply(loaded, "cast")
+    monkeypatch.setattr(safetensors.torch, "save_file", fill)
+    with pytest.raises(CannotCompress, match="became full while writing; nothing was kept"):
+        save(loaded, result, tmp_path / "variants/one")
+    assert list((tmp_path / "variants").iterdir()) == []
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
+    loaded = own_model("llama", tmp_path)
+    (tmp_path / "variant").mkdir()
+    with pytest.raises(CannotCompress, match="exists already"):
+        save(loaded, apply(loaded, "cast"), tmp_path / "variant")
