@@ -38,11 +38,14 @@ def parse_url(url: str) -> URL:
         raise CatalogError(
             f"{url!r} is no catalog URL; give one like sqlite:////path/catalog.sqlite"
         ) from None
-    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+    if parsed.get_backend_name() != "sqlite":
+        return parsed
+    if parsed.database in (None, "", ":memory:"):
         raise CatalogError(
             "a catalog in memory cannot be shared with the workers; give sqlite:////path/to/file"
         )
-    return parsed
+    assert parsed.database is not None
+    return parsed.set(database=str(Path(parsed.database).expanduser().absolute()))
 
 
 def open_engine(url: URL, *, read_only: bool = False, rebuilding: bool = False) -> Engine:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from sqlalchemy import func, select
 
@@ -69,31 +72,34 @@ def tradeoff_frame(catalog: Catalog, base_id: str) -> pd.DataFrame:
         .order_by((VariantRow.id != base_id), VariantRow.created_at, VariantRow.id)
     )
     numbers = (
-        select(
-            Headline.variant_id, Headline.name, Headline.value, Headline.low, Headline.high, Headline.status
-        )
+        select(Headline.variant_id, Headline.name, Headline.value, Headline.low, Headline.high)
         .join(VariantRow, VariantRow.id == Headline.variant_id)
         .where(*of_base)
     )
+    flagged = select(Headline.variant_id).where(Headline.status == "flagged").distinct()
     with catalog.read() as session:
-        frame = pd.DataFrame(session.execute(variants).all(), columns=list(_VARIANT_COLUMNS))
-        long = pd.DataFrame(
-            session.execute(numbers).all(), columns=["variant", "name", "value", "low", "high", "status"]
-        )
+        frame = pd.DataFrame(map(tuple, session.execute(variants)), columns=list(_VARIANT_COLUMNS))
+        frame["flagged"] = frame["variant"].isin(session.scalars(flagged).all())
+        # The driver's own tuples: a quarter of a million Row objects would cost as much again as the query.
+        cursor = session.connection().execute(numbers).cursor
+        assert cursor is not None
+        rows = cursor.fetchall()
     frame["method"] = frame["method"].fillna("base")
-    frame["flagged"] = frame["variant"].isin(long.loc[long["status"] == "flagged", "variant"])
-    return pd.concat([frame, _wide(long, frame["variant"])], axis=1)
+    return pd.concat([frame, _wide(rows, list(frame["variant"]))], axis=1)
 
 
-def _wide(long: pd.DataFrame, variants: pd.Series[str]) -> pd.DataFrame:
-    """Long headline rows as columns, in the order of ``variants``."""
-    further = sorted(set(long["name"]) - set(MEASURES))
-    names = [*MEASURES, *further]
-    wide = long.pivot(index="variant", columns="name", values=["value", "low", "high"])
-    order = pd.MultiIndex.from_product([names, ["value", "low", "high"]]).swaplevel()
-    wide = wide.reindex(index=variants, columns=order).astype("float64").reset_index(drop=True)
-    wide.columns = pd.Index([name if part == "value" else f"{name}_{part}" for part, name in order])
-    return wide
+def _wide(rows: Sequence[Sequence[Any]], variants: list[str]) -> pd.DataFrame:
+    """Rows (variant, name, value, low, high) as three columns per name, one row per variant, in that order."""
+    names = [*MEASURES, *sorted({row[1] for row in rows} - set(MEASURES))]
+    line = {id_: i for i, id_ in enumerate(variants)}
+    column = {name: 3 * i for i, name in enumerate(names)}
+    lines = np.array([line[row[0]] for row in rows], dtype=np.intp)
+    columns = np.array([column[row[1]] for row in rows], dtype=np.intp)
+    numbers = np.full((3 * len(names), len(variants)), np.nan)
+    for part in range(3):
+        numbers[columns + part, lines] = np.array([row[2 + part] for row in rows], dtype=np.float64)
+    labels = [f"{name}{part}" for name in names for part in ("", "_low", "_high")]
+    return pd.DataFrame(numbers.T, columns=labels)
 
 
 def bases(catalog: Catalog) -> pd.DataFrame:
@@ -124,6 +130,18 @@ def bases(catalog: Catalog) -> pd.DataFrame:
         return pd.DataFrame(
             session.execute(query).all(), columns=["id", "name", "source", "family", "variants"]
         )
+
+
+def newest(catalog: Catalog, *, limit: int) -> pd.DataFrame:
+    """The latest visible models, bases included, newest first: id, name, source."""
+    query = (
+        select(VariantRow.id, VariantRow.name, VariantRow.source)
+        .where(VariantRow.hidden.is_(False))
+        .order_by(VariantRow.created_at.desc(), VariantRow.id)
+        .limit(limit)
+    )
+    with catalog.read() as session:
+        return pd.DataFrame(session.execute(query).all(), columns=["id", "name", "source"])
 
 
 def lineage(catalog: Catalog, variant_id: str) -> tuple[Variant, ...]:

@@ -70,6 +70,7 @@ class Supervisor:
         self._workers = workers
         self._host = socket.gethostname()
         self._executor = LocalExecutor(catalog.url)
+        self._exits: dict[str, int] = {}
         self._watches: dict[str, Watch] = {}
         self._lingering: dict[str, float] = {}
 
@@ -89,11 +90,12 @@ class Supervisor:
 
     def round(self) -> None:
         """Reap and judge the workers, then claim jobs while there is room."""
-        exits = self._executor.reap()
+        self._exits |= self._executor.reap()
         with self._catalog.read() as session:
             rows = ledger.running(session, self._host)
         for row in rows:
-            self._judge(row, exits.get(row.id))
+            self._judge(row, self._exits.get(row.id))
+        self._exits.clear()  # only now: had the catalog failed us above, they would be needed next round
         running = {row.id for row in rows}
         self._watches = {id_: watch for id_, watch in self._watches.items() if id_ in running}
         if not self._hurry_lingering(running):
