@@ -68,6 +68,12 @@ def bases(revision: int) -> pd.DataFrame:
     return queries.bases(catalog())
 
 
+@st.cache_data(max_entries=4, show_spinner=False)
+def newest_models(revision: int, limit: int = 100) -> pd.DataFrame:
+    """The latest bases and variants that a picker can offer, as of a revision of the catalog."""
+    return queries.newest(catalog(), limit=limit)
+
+
 @st.cache_data(max_entries=64, show_spinner=False)
 def variant_detail(variant_id: str, revision: int) -> queries.VariantDetail:
     """Everything about one variant, as of a revision of the catalog."""

@@ -19,10 +19,12 @@ _SEPARATOR = "~"
 
 
 def known_models() -> dict[str, str]:
-    """Sources that can be picked without typing, with their names: demos, then the catalog's bases and variants."""
+    """Sources that can be picked without typing, with their names: demos, bases, then the newest variants."""
     known = {f"demo:{name}": demo.title for name, demo in demos().items()}
-    for variant in engine.catalog().variants():
-        known.setdefault(variant.source, variant.name)
+    revision = engine.revision()
+    for models in (engine.bases(revision), engine.newest_models(revision)):
+        for source, name in zip(models["source"], models["name"], strict=True):
+            known.setdefault(source, name)
     return known
 
 

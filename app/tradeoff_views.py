@@ -17,7 +17,7 @@ from core.registry import methods
 from core.tradeoff import Objective, available, objective, pareto_front, probability_on_front, usable
 from core.types import Measurement, Run, Variant
 
-MARKS = 4_000
+MARKS = 2_500
 """Dominated points drawn at most; the rest is counted and said."""
 TABLE_ROWS = 1_000
 WHISKERS = 40

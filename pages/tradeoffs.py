@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from app import engine, state, tradeoff_chart, tradeoff_views
+from app import engine, state, tradeoff_views
 from app.components import tradeoff_board as board
 from app.components.empty_state import empty_state
 from app.components.export_menu import export_menu
@@ -12,7 +12,7 @@ from app.components.heading import About, Reproduction, heading
 from app.components.variant_panel import variant_evidence, variant_summary
 from app.text import esc
 from core.constraints import EXAMPLE, check
-from core.tradeoff import OBJECTIVES, available, headlines, quality_column, usable
+from core.tradeoff import OBJECTIVES, QUALITY_TOLERANCE, available, headlines, quality_column, usable
 
 ABOUT = About(
     "Each point is one variant of the base, placed by numbers measured on its files after a reload in a fresh "
@@ -82,7 +82,7 @@ with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
         "Tolerance",
         0.0,
         None,
-        headlines(frame).tolerance,
+        QUALITY_TOLERANCE[quality],
         format="%g",
         step=0.01,
         key="tolerance",
@@ -97,12 +97,9 @@ variant = board.picked(frame)
 if constraints:
     board.limits_line(verdict)
 
-# --- headline figures, chart and the picked variant -----------------------------------------------------
+# --- headline figures, chart and the picked variant (sent before the chart: it is what a click waits for) --
 board.headline_row(headlines(frame, tolerance=tolerance), scene)
 left, right = st.columns([1.9, 1], gap="small")
-with left.container(border=True, height="stretch"):
-    st.header(f"{scene.y.title} against {scene.x.title.lower()}", anchor=False)
-    board.front_chart(scene, variant=variant)
 detail = engine.variant_detail(variant, engine.revision()) if variant else None
 with right.container(border=True, height="stretch"):
     if detail is None:
@@ -116,6 +113,9 @@ with right.container(border=True, height="stretch"):
         marks = scene.marks.set_index("variant")
         mark = marks.loc[variant] if variant in marks.index else None
         variant_summary(detail, frame, mark, clear=lambda: board.repick(None))
+with left.container(border=True, height="stretch"):
+    st.header(f"{scene.y.title} against {scene.x.title.lower()}", anchor=False)
+    chart = board.front_chart(scene, variant=variant)
 
 # --- table ----------------------------------------------------------------------------------------------
 with st.container(border=True):
@@ -130,7 +130,7 @@ with st.container(border=True):
             chosen &= frame["variant"].isin(scene.front["variant"])
         export_menu(
             tradeoff_views.export_table(frame, chosen, scene.front["variant"]),
-            tradeoff_chart.scatter(scene, picked=None, box=None),
+            chart,
             name=f"tradeoffs-{base_id}",
             key="tradeoffs",
         )

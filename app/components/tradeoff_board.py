@@ -150,12 +150,12 @@ def _card(label: str, value: str, delta: str, description: str, *, help: str | N
 # --- chart --------------------------------------------------------------------------------------------
 
 
-def front_chart(scene: Scene, *, variant: str | None) -> None:
-    """The scatter; clicks and drags go to the address."""
+def front_chart(scene: Scene, *, variant: str | None) -> Any:
+    """The scatter, which is also returned; clicks and drags go to the address."""
     key = f"front_{st.session_state.get('chart_version', 0)}"
-    brushed = box()
+    chart = tradeoff_chart.scatter(scene, picked=variant, box=box())
     st.altair_chart(
-        tradeoff_chart.scatter(scene, picked=variant, box=brushed),
+        chart,
         key=key,
         on_select=lambda: _selected(key),
         selection_mode=[tradeoff_chart.POINT, tradeoff_chart.BRUSH],
@@ -163,6 +163,7 @@ def front_chart(scene: Scene, *, variant: str | None) -> None:
         f"the dashed line joins the {scene.n_front} on the front",
     )
     st.caption(_reading(scene))
+    return chart
 
 
 def _selected(key: str) -> None:
