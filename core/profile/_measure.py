@@ -7,6 +7,7 @@ makes no statistics (``summary.py``) and decides nothing about validity beyond m
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -204,13 +205,10 @@ class _Recorder:
         """Why to stop measuring, if so. Only clean samples count towards enough."""
         effort, clean = self._protocol.effort, series.clean_ms(self._protocol.contended_share)
         if len(clean) >= effort.min_samples and seconds >= effort.min_seconds:
-            if effort.max_half_width is None:
-                return "enough"
             median = quantile(clean, 0.5)
-            if median and median.low is not None and median.high is not None:
-                half_width = (median.high - median.low) / 2 / median.value
-                if half_width <= effort.max_half_width:
-                    return "enough"
+            half_width = median.half_width if median else None  # None: they are too alike to give an interval
+            if half_width is not None and half_width <= (effort.max_half_width or math.inf):
+                return "enough"
         return "time cap" if seconds >= effort.phase_cap_s else None
 
     def _finish(self, series: _Series, meter: ContentionMeter) -> None:

@@ -32,6 +32,13 @@ class Interval:
     effective_n: int
     """As many independent samples would say as much; n unless neighbours resemble each other."""
 
+    @property
+    def half_width(self) -> float | None:
+        """Half the interval's width as a share of the value; None where a bound is missing."""
+        if self.low is None or self.high is None:
+            return None
+        return (self.high - self.low) / 2 / self.value
+
 
 def smallest_n(q: float, *, alpha: float = ALPHA) -> int:
     """Samples needed before the q-quantile (q ≥ 0.5) is shown at all: n ≥ ln α / ln q."""

@@ -101,7 +101,8 @@ def _time(name: str, found: Interval, what: str, kind: str) -> Metric:
 
 def _interval_text(found: Interval, what: str, kind: str) -> str:
     if found.low is None and found.high is None:
-        return f"none: {found.n} samples are too few"
+        count = f", alike in time: they count as {found.effective_n}" if found.effective_n < found.n else ""
+        return f"none: {found.n} samples are too few{count}"
     one_sided = (
         "" if found.low is not None and found.high is not None else ", one-sided: n too small for the other"
     )
@@ -142,10 +143,16 @@ def _flags(
         yield "load_too_high"
     if not all(end.steady for end in measured.phases.values()):
         yield "no_steady_state"
-    if any(len(rows) < protocol.effort.min_samples for rows in used.values()):
+    if any(_too_few(rows, protocol) for rows in used.values()):
         yield "n_too_small"
     if any(_frequency_fell(rows, protocol.frequency_drop) for rows in used.values()):
         yield "frequency_drop"
+
+
+def _too_few(rows: pd.DataFrame, protocol: Protocol) -> bool:
+    """Whether a phase has fewer samples than its tier asks for, or too few for an interval of the median."""
+    median = quantile(rows["value_ms"].tolist(), 0.5)
+    return len(rows) < protocol.effort.min_samples or median is None or median.half_width is None
 
 
 def _frequency_fell(rows: pd.DataFrame, limit: float) -> bool:
@@ -169,6 +176,7 @@ def _notes(
             yield f"{phase}: {len(rows)} samples are too few for a 90th percentile ({smallest_n(PERCENTILES[0])} needed)"
     memory = measured.memory.baseline_bytes / 2**20
     yield f"peak_memory_bytes counts the whole process, of which Python and its libraries take {memory:.0f} MiB"
+    yield "intervals are about this one process; another may settle elsewhere, so repeat before a close decision"
     yield "load_ms is with the files in the page cache and the libraries imported"
 
 

@@ -140,6 +140,19 @@ def test_flags_of_a_troubled_run():
     assert any("8 samples are too few for a 90th percentile" in note for note in result.notes)
 
 
+def test_samples_too_alike_for_an_interval_are_told_and_flagged():
+    drifting = [float(i) for i in range(1, 31)]
+    result = summarise(
+        measured(phase("prefill", drifting), phase("decode", shuffled(range(1, 101)))),
+        "torch_eager",
+        SETTINGS,
+    )
+    found = metrics(result)["ttft_ms"]
+    assert found.low is None
+    assert "they count as" in found.interval
+    assert result.flags == ("n_too_small",)
+
+
 def test_an_encoder_has_a_latency_and_no_decode():
     found = metrics(
         summarise(
