@@ -46,7 +46,12 @@ def scatter(scene: Scene, *, picked: str | None, box: Sequence[float] | None) ->
 
 def _axes(scene: Scene) -> tuple[Any, Any]:
     x, y = (
-        channel(f"{axis}:Q", title=_title(aim), scale=_scale(scene.marks, axis, aim), axis=ticks)
+        channel(
+            f"{axis}:Q",
+            title=_title(scene.marks, axis, aim),
+            scale=_scale(scene.marks, axis, aim),
+            axis=ticks,
+        )
         for channel, axis, aim, ticks in (
             (alt.X, "x", scene.x, alt.Axis(grid=False, tickCount=8, labelFlush=True, **_labels(scene, "x"))),
             (alt.Y, "y", scene.y, alt.Axis(tickCount=6, **_labels(scene, "y"))),
@@ -55,12 +60,18 @@ def _axes(scene: Scene) -> tuple[Any, Any]:
     return x, y
 
 
-def _title(aim: Objective) -> str:
-    return f"{aim.label}, log" if aim.log else aim.label
+def _is_log(marks: pd.DataFrame, axis: str, aim: Objective) -> bool:
+    """A log axis where the objective asks for one and the values at least double."""
+    values = marks[axis]
+    return aim.log and len(values) > 0 and bool(values.max() >= 2 * values.min())
+
+
+def _title(marks: pd.DataFrame, axis: str, aim: Objective) -> str:
+    return f"{aim.label}, log" if _is_log(marks, axis, aim) else aim.label
 
 
 def _scale(marks: pd.DataFrame, axis: str, aim: Objective) -> alt.Scale:
-    if not aim.log:
+    if not _is_log(marks, axis, aim):
         return alt.Scale(zero=False, nice=True, padding=12)
     return alt.Scale(type="log", nice=False, padding=12)
 
@@ -69,7 +80,7 @@ def _labels(scene: Scene, axis: str) -> dict[str, Any]:
     """On a log axis a readable few per decade, the fewer the more decades there are."""
     aim = getattr(scene, axis)
     values = scene.marks[axis]
-    if not aim.log or values.empty:
+    if not _is_log(scene.marks, axis, aim):
         return {}
     low, high = float(values.min()), float(values.max())
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)

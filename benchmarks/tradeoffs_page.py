@@ -71,7 +71,7 @@ def fresh(browser: Browser) -> Page:
 def first_draw(page: Page, url: str) -> float:
     """Seconds from the request to a drawn chart."""
     started = time.perf_counter()
-    page.goto(f"{url}/tradeoffs", wait_until="commit")
+    page.goto(f"{url}/tradeoffs?base=big", wait_until="commit")
     page.wait_for_function(DRAWN, timeout=60_000)
     return time.perf_counter() - started
 

@@ -105,7 +105,7 @@ def headline_row(figures: Headlines, scene: Scene) -> None:
             help="Not beaten on both axes by any other usable variant that keeps the limits",
         )
         _figure(f"{'Lowest' if quality.better == 'lower' else 'Highest'} {_short(quality)}", figures.closest)
-        _figure(f"Smallest, {within}", figures.smallest, smaller_is_better=True)
+        _figure(f"Smallest, {within}", figures.smallest)
         _figure(f"Fastest, {within}", figures.fastest)
 
 
@@ -113,7 +113,7 @@ def _short(quality: Objective) -> str:
     return quality.title.split(" ")[0]
 
 
-def _figure(label: str, figure: Headline | None, *, smaller_is_better: bool = False) -> None:
+def _figure(label: str, figure: Headline | None) -> None:
     if figure is None:
         _card(label, "–", "none", "qualifies yet")
         return
@@ -125,7 +125,7 @@ def _figure(label: str, figure: Headline | None, *, smaller_is_better: bool = Fa
         label,
         value,
         delta=f"{figure.change:+.0%}",
-        delta_color="inverse" if smaller_is_better else "normal",
+        delta_color="inverse" if figure.objective.better == "lower" else "normal",
         delta_description="vs. base",
         border=True,
         height="stretch",

@@ -69,7 +69,9 @@ def _headline_table(frame: pd.DataFrame, variant_id: str) -> pd.DataFrame:
         if pd.isna(row[aim.column]) or aim.column in REDUNDANT:
             continue
         ends = [row.get(f"{aim.column}_{end}", float("nan")) for end in ("low", "high")]
-        spread = "" if pd.isna(ends).any() else " … ".join(aim.show(end).removesuffix(aim.unit) for end in ends)
+        spread = (
+            "" if pd.isna(ends).any() else " … ".join(aim.show(end).removesuffix(aim.unit) for end in ends)
+        )
         shown.append({"": aim.title, "Value": aim.show(row[aim.column]), "95 %": spread})
     return pd.DataFrame(shown).set_index("")
 
@@ -77,12 +79,12 @@ def _headline_table(frame: pd.DataFrame, variant_id: str) -> pd.DataFrame:
 def _proof_sentence(variant: Variant, proof: Run | None) -> str:
     if variant.recipe is None:
         return "The base: every other variant is compared with it."
-    if proof is None:
-        return ":red[No reload proof: not usable.] Make it again on the Compress page."
-    took = {m.name: m for m in proof.measurements}
-    gap = took.get("max_logit_difference")
-    verdict = "Reloaded in a fresh process" if variant.proven else ":red[The reload failed]"
-    return f"{verdict}, largest logit difference {fmt.number(gap.value)}." if gap else f"{verdict}."
+    if not variant.proven:
+        return ":red[No passed reload proof: not usable.] Make it again on the Compress page."
+    gaps = [m.value for m in (proof.measurements if proof else ()) if m.name == "max_logit_difference"]
+    return "Reloaded in a fresh process" + (
+        f", largest logit difference {fmt.number(gaps[0])}." if gaps else "."
+    )
 
 
 def variant_evidence(detail: VariantDetail, base: Variant, folder: str | None) -> None:
