@@ -122,12 +122,15 @@ class Call:
 
     ticket: Ticket
     again: Callable[[], None]
+    expected_s: float | None = None
+    """Seconds it is expected to take when it never ran before; None where nothing is known."""
 
 
 def open_model(source: str) -> Call:
-    """Open a model in the inspector, or find it open; its result is a ``ModelCard``. Raises ``BadInput``."""
+    """Open a model in the inspector, or find it open; its result is a ``ModelCard``. Raises ``BadInput`` or ``CannotOpen``."""
     arguments = source, stamp(ModelRef.parse(source))
-    return Call(_open(*arguments), partial(_open.clear, *arguments))
+    expected_s = _opening_seconds(source)  # first, because it refuses a demo that does not exist
+    return Call(_open(*arguments), partial(_open.clear, *arguments), expected_s)
 
 
 def probe(source: str, method: Method, prompt: Prompt, settings: Settings) -> Call:
@@ -143,7 +146,7 @@ OPENING_S = 8.0
 """Seconds for a fresh inspector to start and open a small model from safetensors."""
 
 
-def opening_seconds(source: str) -> float:
+def _opening_seconds(source: str) -> float:
     """How long opening a model is expected to take when it was never opened, from the size of its GGUF file."""
     ref = ModelRef.parse(source)
     path = (

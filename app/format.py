@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 NONE = "–"
 _ACRONYMS = {"kl": "KL", "kv": "KV", "moe": "MoE", "mlp": "MLP", "sqnr": "SQNR", "p": "probability"}
 _UNITS = {"nats": "nats", "bits": "bits", "ms": "ms", "bytes": "bytes", "db": "dB"}
+_COUNTED = ("", "count", "tokens", "layers", "positions", "cells", "heads", "experts", "documents")
 _DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -55,7 +56,7 @@ def number(value: float | None, unit: str = "") -> str:
         return size(value)
     if unit in ("%", "percent"):
         return f"{significant(value)} %"
-    if unit in ("", "count", "tokens", "layers") and float(value).is_integer():
+    if unit in _COUNTED and float(value).is_integer():
         return f"{value:,.0f}" + (f" {unit}" if unit not in ("", "count") else "")
     return f"{significant(value)} {short_unit(unit)}".rstrip()
 

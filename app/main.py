@@ -32,7 +32,6 @@ navigation = st.navigation(
             help=help,
         )
         for name, title, icon, help in PAGES
-        if (ROOT / "pages" / f"{name}.py").is_file()
     ],
     expanded=True,
 )

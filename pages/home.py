@@ -36,9 +36,9 @@ for name, demo in demos().items():
             st.caption(esc(demo.caveat))
         with st.container(horizontal=True, gap="small", height="stretch", vertical_alignment="bottom"):
             for page, label, icon, kind in (
-                ("inspect", "Look inside", "troubleshoot", "primary"),
-                ("model", "See its bytes", "deployed_code", "secondary"),
-                ("compress", "Make it smaller", "compress", "secondary"),
+                ("inspect", "Look inside", "troubleshoot", "secondary"),
+                ("model", "See its bytes", "deployed_code", "tertiary"),
+                ("compress", "Make it smaller", "compress", "tertiary"),
             ):
                 if st.button(
                     label,

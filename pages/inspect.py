@@ -33,7 +33,7 @@ except SlimscopeError as error:
     top.title("Inspect", anchor=False)
     error_card(error, key="inspect_source")
     st.stop()
-card = settled(opening.ticket, key="open", guess_s=engine.opening_seconds(source), retry=opening.again)
+card = settled(opening, key="open")
 if card is None:
     top.title(esc(f"Opening {source}"), anchor=False)
     st.stop()
@@ -69,6 +69,6 @@ with top:
         ),
     )
 run = engine.probe(source, probe, prompt, settings)
-result = settled(run.ticket, key="probe", guess_s=None, retry=run.again)
+result = settled(run, key="probe")
 if result is not None:
     result_panel(result, name=probe.id, settings=settings)

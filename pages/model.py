@@ -34,7 +34,7 @@ except SlimscopeError as error:
     error_card(error, key="model_source")
     st.stop()
 top = st.container()
-card = settled(opening.ticket, key="open", guess_s=engine.opening_seconds(source), retry=opening.again)
+card = settled(opening, key="open")
 if card is None:
     top.title(esc(f"Opening {state.model_name(source)}"), anchor=False)
     st.stop()

@@ -300,7 +300,7 @@ def _charts(result: Result, views: Sequence[View], name: str) -> None:
                 st.header(esc(view.title), anchor=False, width="stretch")
                 export_menu(frame, drawn, name=key, key=key)
             if drawn is None:
-                table(frame[_reading_order(view)], view, key=key)
+                table(frame[_reading_order(view)], view, key=key, height=320 if len(frame) > 8 else "content")
             else:
                 st.altair_chart(drawn, key=f"{key}_chart", alt=view.title)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
 from app import format
 from app.components.error_card import error_card
+from app.engine import Call
 from app.text import esc
 from core.errors import SlimscopeError
 
@@ -20,17 +20,14 @@ INLINE_WAIT_S = 1.0
 POLL_S = 0.5
 
 
-def settled(ticket: Ticket, *, key: str, guess_s: float | None, retry: Callable[[], None]) -> Any | None:
-    """The ticket's result, or None after drawing its progress or its error.
-
-    ``guess_s`` is the time expected beforehand, for calls that never ran; the page reruns when the call ends.
-    """
+def settled(call: Call, *, key: str) -> Any | None:
+    """The call's result, or None after drawing its progress or its error; the page reruns when the call ends."""
     try:
-        return ticket.result(timeout=INLINE_WAIT_S)
+        return call.ticket.result(timeout=INLINE_WAIT_S)
     except TimeoutError:
-        st.fragment(lambda: _progress(ticket, guess_s), run_every=POLL_S)()
+        st.fragment(lambda: _progress(call.ticket, call.expected_s), run_every=POLL_S)()
     except SlimscopeError as error:
-        error_card(error, key=f"{key}_error", retry=retry)
+        error_card(error, key=f"{key}_error", retry=call.again)
     return None
 
 

@@ -44,6 +44,7 @@ def test_three_significant_digits(value, text):
     ("value", "unit", "text"),
     [
         (12.0, "tokens", "12 tokens"),
+        (27.5, "layers", "27.5 layers"),
         (41.26, "tokens/s", "41.3 tok/s"),
         (2e6, "bytes", "2.00 MB"),
         (0.5, "nats", "0.500 nats"),

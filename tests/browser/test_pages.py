@@ -72,7 +72,9 @@ def test_the_keyboard_walks_the_grid(page, server, model):
 
 def test_a_click_on_a_head_shows_its_pattern(page, server, model):
     inspect(page, server, model, probe="attention_pattern")
-    page.locator(".st-key-attention_pattern_choice0_canvas canvas").click(position={"x": 20, "y": 60})
+    canvas = page.locator(".st-key-attention_pattern_choice0_canvas canvas")
+    box = canvas.bounding_box()
+    canvas.click(position={"x": 5, "y": box["height"] * 0.5})  # the second of three layers
     page.wait_for_url(re.compile("attention_pattern_layer=1"))
     expect(page.get_by_role("heading", name="Layer 1, head 0", exact=True)).to_be_visible()
 
