@@ -104,8 +104,12 @@ def _load(
     architecture = _architecture(folder, config)
     auto = next(auto for end, auto in AUTO_CLASSES.items() if architecture.endswith(end))
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": ref.trust_remote_code}
-    if "quantization_config" in config:
-        options["quantization_config"] = _dense(folder, config["quantization_config"])
+    quantization = config.get("quantization_config")
+    if quantization is not None and quantization.get("quant_method") != "compressed-tensors":
+        raise CannotOpen(
+            f"{folder} is quantized with {quantization.get('quant_method')!r}; only compressed-tensors can be read back "
+            "as dense weights here"
+        )
     if auto == "AutoModel" and config.get("model_type") == "bert":
         # The pooler is drawn at random when a checkpoint has none, and nothing here reads it.
         options["add_pooling_layer"] = any(
@@ -113,6 +117,9 @@ def _load(
         )
     dtype = "auto" if ref.dtype == "stored" else getattr(torch, ref.dtype)
     try:
+        if quantization is not None:
+            options["config"] = transformers.AutoConfig.from_pretrained(folder, **options)
+            options["config"].quantization_config = {**quantization, "dequantize": True}
         model, report = getattr(transformers, auto).from_pretrained(
             folder,
             dtype=dtype,
@@ -144,17 +151,6 @@ def _architecture(folder: Path, config: dict[str, Any]) -> str:
         )
     architecture: str = names[0]
     return architecture
-
-
-def _dense(folder: Path, quantization: dict[str, Any]) -> Any:
-    """Ask for dense weights where a quantized checkpoint can give them exactly."""
-    method = quantization.get("quant_method")
-    if method != "compressed-tensors":
-        raise CannotOpen(
-            f"{folder} is quantized with {method!r}; only compressed-tensors can be read back as dense weights here"
-        )
-    known = {key: value for key, value in quantization.items() if key not in ("quant_method", "dequantize")}
-    return transformers.CompressedTensorsConfig(**known, dequantize=True)
 
 
 def _reason(folder: Path, config: dict[str, Any], error: Exception) -> str:
