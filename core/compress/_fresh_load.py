@@ -19,17 +19,9 @@ def digest(tensor: Any) -> str:
     """SHA-256 of a tensor's shape, dtype and bytes."""
     import torch
 
-    head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(
-        head + data.tobytes() if data.nbytes < 1 << 20 else _streamed(head, data)
-    ).hexdigest()
-
-
-def _streamed(head: bytes, data: Any) -> bytes:
-    inner = hashlib.sha256(head)
-    inner.update(memoryview(data))
-    return inner.digest()
+    content = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    content.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return content.hexdigest()
 
 
 def output_of(model: Any, inputs: dict[str, Any]) -> Any:
