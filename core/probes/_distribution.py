@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 Read = Callable[["Tensor"], "Tensor"]
 """From residuals [R, d_model] to float32 logits [R, V]."""
 UnembeddingPrecision = Literal["model", "bfloat16"]
-ROWS_BYTES = 24 << 20
-"""Size of one batch of float32 logits. Below the 32 MB above which glibc maps every allocation afresh, whose
-page faults cost as much as the arithmetic; and large enough for an efficient matrix product."""
+ROWS_BYTES = 12 << 20
+"""Size of one batch of float32 logits. A few buffers of this size stay inside the heap that glibc keeps; larger
+ones are mapped afresh at each allocation, and their page faults cost as much as the arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,13 @@ def describe(
     """
     z_RV = logits_RV.sub_(logits_RV.amax(-1, keepdim=True))
     top = z_RV.topk(top_k)
-    target_R1 = z_RV.gather(-1, targets_R[:, None])
-    rank_R = 1 + (z_RV > target_R1).sum(-1)
     e_RV = z_RV.exp()
     norm_R = e_RV.sum(-1)
     log_norm_R = norm_R.log()
     entropy_R = log_norm_R - torch.linalg.vecdot(e_RV, z_RV) / norm_R
+    target_R1 = z_RV.gather(-1, targets_R[:, None])
+    # Counted in the spent buffer: summing booleans would make an 8-byte copy of each, larger than the logits.
+    rank_R = 1 + torch.gt(z_RV, target_R1, out=e_RV).sum(-1).long()
     bad_R = ~torch.isfinite(entropy_R)
     if bad_R.any():
         raise SlimscopeError(

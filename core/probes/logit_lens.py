@@ -287,15 +287,17 @@ def _cells(loaded: LoadedModel, encoded: Encoded, start: int, layers: list[int],
 
 
 def _top_tokens(loaded: LoadedModel, start: int, layers: list[int], grid: _Grid) -> pd.DataFrame:
-    """One row per shown layer, position and rank."""
+    """One row per shown layer, position and rank; narrow numbers, since this frame is the largest to cross the pipe."""
     n_shown, n, k = grid.top_ids_SNK.shape
     ids = grid.top_ids_SNK.ravel()
+    layer = np.repeat(np.array(layers, dtype=np.int32), n * k)
+    position = np.repeat(np.arange(start, start + n, dtype=np.int32), k)
     return pd.DataFrame(
         {
-            "layer": np.repeat(layers, n * k),
-            "position": np.tile(np.repeat(np.arange(start, start + n), k), n_shown),
-            "rank": np.tile(np.arange(1, k + 1), n_shown * n),
-            "token_id": ids,
+            "layer": layer,
+            "position": np.tile(position, n_shown),
+            "rank": np.tile(np.arange(1, k + 1, dtype=np.int32), n_shown * n),
+            "token_id": ids.astype(np.int32),
             "token": token_texts(loaded.tokenizer, ids.tolist()),
             "probability": grid.top_p_SNK.ravel(),
         }
