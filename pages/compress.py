@@ -139,7 +139,7 @@ with st.container(border=True):
 
 # --- predicted sizes, as soon as the model is open ------------------------------------------------------
 with opening_slot:
-    card = settled(opening.ticket, key="open", guess_s=engine.opening_seconds(model), retry=opening.again)
+    card = settled(opening, key="open")
 if card is not None:
     for preset in PRESETS:
         slots[preset.id].caption(size_line(card, preset.recipe))
