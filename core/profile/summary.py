@@ -129,9 +129,7 @@ def _memory(measured: Measured) -> Iterator[Metric]:
     }
     for name, value in values.items():
         if value is not None:
-            yield Metric(
-                name, float(value), "bytes", "lower", 1, interval="none: the kernel's high-water mark"
-            )
+            yield Metric(name, float(value), "bytes", "lower", 1, interval="none: one reading per process")
 
 
 def _flags(
@@ -175,7 +173,8 @@ def _notes(
         if len(rows) < smallest_n(PERCENTILES[0]):
             yield f"{phase}: {len(rows)} samples are too few for a 90th percentile ({smallest_n(PERCENTILES[0])} needed)"
     memory = measured.memory.baseline_bytes / 2**20
-    yield f"peak_memory_bytes counts the whole process, of which Python and its libraries take {memory:.0f} MiB"
+    peak = "peak_memory_bytes" if measured.facts.device_peak_bytes is None else "host_peak_memory_bytes"
+    yield f"{peak} counts the whole process, of which Python and its libraries take {memory:.0f} MiB"
     yield "intervals are about this one process; another may settle elsewhere, so repeat before a close decision"
     yield "load_ms is with the files in the page cache and the libraries imported"
 
