@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from core.errors import BadInput, CannotOpen
+from core.journal import Journal
 from core.recipe import Recipe
 from core.registry import Method, get
 from core.types import (
@@ -161,7 +162,8 @@ def evaluate_variant(
 ) -> Run:
     """Measure the quality of a variant against its base, both reloaded from disk, on held-out documents.
 
-    ``settings`` values may be text. What was finished is kept in ``scratch``, from which the next call goes on. Raises ``BadInput`` where no evaluation fits the model's family.
+    ``settings`` values may be text. Finished parts are kept in ``scratch``, and the next call goes on from there.
+    Raises ``BadInput`` where no evaluation fits the model's family.
     """
     from core.text.documents import load_documents
 
@@ -174,7 +176,8 @@ def evaluate_variant(
     base_model = _reopened(catalog, base, part_of(progress, 0.0, 0.05))
     chosen.refuse_if(base_model.missing_needs(chosen.needs), base.name)
     model = base_model if variant.id == base.id else _reopened(catalog, variant, part_of(progress, 0.05, 0.1))
-    result = chosen.run(base_model, model, texts, part_of(progress, 0.1, 0.98), parsed)
+    journal = Journal(None if scratch is None else scratch / "documents.jsonl")
+    result = chosen.run(base_model, model, texts, journal, part_of(progress, 0.1, 0.98), parsed)
     return _record(catalog, "evaluate", variant.id, result, started)
 
 

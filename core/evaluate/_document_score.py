@@ -17,7 +17,7 @@ from core.models.loaded import LoadedModel
 from core.text.windows import EncodedDocument, Window
 
 Row = dict[str, Any]
-"""A ``DocumentScore`` as plain data (JSON): what a checkpoint keeps."""
+"""A ``DocumentScore`` as plain data (JSON): what a journal keeps."""
 MAX_WORST = 200
 """Tokens with the highest KL that are kept with their context."""
 CONTEXT_CHARACTERS = 60
@@ -28,8 +28,6 @@ class DocumentScore:
     """Sums over one document's scored tokens, its KL values, and its worst tokens."""
 
     document: int
-    key: str
-    """Hash of everything the score depends on; a checkpoint with another key is not used."""
     begins: str
     tokens: int
     bytes: int
@@ -58,7 +56,6 @@ def score_document(
     windows: list[Window],
     *,
     document: int,
-    key: str,
     on_window: Callable[[], None],
 ) -> DocumentScore:
     """Run both models over one document; raises ``CannotMeasure`` naming the document for non-finite logits."""
@@ -74,7 +71,6 @@ def score_document(
     right_base, right_variant = scores.top_base == truth, scores.top_variant == truth
     return DocumentScore(
         document=document,
-        key=key,
         begins=begins(encoded.text),
         tokens=encoded.n_scored,
         bytes=encoded.n_bytes,

@@ -92,7 +92,7 @@ def metrics(scores: Sequence[DocumentScore], bootstrap: Bootstrap, *, same: bool
 
 def frames(scores: Sequence[DocumentScore]) -> Mapping[str, pd.DataFrame]:
     """``documents`` (one row each), ``positions`` (tokens that moved most) and ``tail`` (how many moved how far)."""
-    documents = pd.DataFrame([asdict(score) for score in scores]).drop(columns=["key", "kl", "worst"])
+    documents = pd.DataFrame([asdict(score) for score in scores]).drop(columns=["kl", "worst"])
     sums = documents[["tokens", "bytes"]]
     documents["kl"] = [float(np.mean(score.kl)) for score in scores]
     documents["bits_per_byte_base"] = documents["nats_base"] / log(2) / sums["bytes"]

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from core.errors import BadInput, CannotMeasure
 from core.evaluate._intervals import Bootstrap, Floats, Interval
+from core.journal import Journal
 from core.lazy import torch
 from core.models.embed import embed
 from core.models.fp32_path import Fp32Setting, fast_fp32
@@ -68,6 +69,7 @@ def run(
     base: LoadedModel,
     variant: LoadedModel,
     documents: Documents,
+    journal: Journal,
     progress: Progress,
     settings: EmbeddingAgreementSettings,
 ) -> Result:

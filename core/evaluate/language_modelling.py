@@ -6,15 +6,15 @@ Knows how documents are scored and summed up. Refuses to know where models come 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pydantic import Field, model_validator
 
 from core.errors import BadInput, CannotMeasure
-from core.evaluate._document_score import DocumentScore, Row, score_document
+from core.evaluate._document_score import DocumentScore, score_document
 from core.evaluate._intervals import Bootstrap
 from core.evaluate._language_summary import frames, metrics, notes, views
+from core.journal import Journal
 from core.lazy import torch
 from core.models.fp32_path import Fp32Setting, fast_fp32
 from core.models.loaded import LoadedModel
@@ -72,6 +72,7 @@ def run(
     base: LoadedModel,
     variant: LoadedModel,
     documents: Documents,
+    journal: Journal,
     progress: Progress,
     settings: LanguageModellingSettings,
 ) -> Result:
@@ -82,26 +83,10 @@ def run(
     worse (or better) the text is predicted. Top-1 agreement and flips count the tokens where the most likely
     token changed, and where it changed between right and wrong. Intervals resample whole documents, because
     tokens of one document are alike; the difference in bits per byte is resampled in pairs.
-    """
-    return evaluate_documents(base, variant, documents, progress, settings)
 
-
-def evaluate_documents(
-    base: LoadedModel,
-    variant: LoadedModel,
-    documents: Documents,
-    progress: Progress,
-    settings: LanguageModellingSettings,
-    *,
-    finished: Mapping[int, Row] | None = None,
-    on_document: Callable[[int, Row], None] | None = None,
-) -> Result:
-    """``run``, able to go on where it was stopped.
-
-    ``on_document`` is told each document's finished row (plain data, JSON); ``finished`` gives such rows back
-    and those documents are not run again, unless models, text or settings are not what they were.
-    Raises ``BadInput`` for models that do not share a tokenizer and for calibration text, ``CannotMeasure``
-    for text without a token to score and for logits that are not numbers.
+    Finished documents are kept in ``journal``, and one that is there is not run again. Raises ``BadInput`` for models
+    that do not share a tokenizer and for calibration text, ``CannotMeasure`` for text without a token to score and
+    for logits that are not numbers.
     """
     began = time.perf_counter()
     plans = _plan(base, variant, documents, settings)
@@ -111,9 +96,9 @@ def evaluate_documents(
     with fast_fp32(settings.fp32_path) as path:
         for plan in plans:
             counter.begin(f"document {len(scores) + 1} of {len(plans)}")
-            key = content_hash([asked, path.name, plan.encoded.text])
-            row = (finished or {}).get(plan.document)
-            if row is not None and row["key"] == key:
+            key = content_hash([asked, path.name, plan.document, plan.encoded.text])
+            row = journal.get(key)
+            if row is not None:
                 counter.advance(len(plan.windows))
                 scores.append(DocumentScore(**row))
                 continue
@@ -123,11 +108,9 @@ def evaluate_documents(
                 plan.encoded,
                 plan.windows,
                 document=plan.document,
-                key=key,
                 on_window=counter.advance,
             )
-            if on_document is not None:
-                on_document(plan.document, score.row())
+            journal.put(key, score.row())
             scores.append(score)
     bootstrap = Bootstrap(len(scores), draws=settings.bootstrap_draws, seed=settings.seed)
     found = frames(scores)
@@ -234,5 +217,5 @@ def _refuse_other_tokens(
 
 
 def _identity(loaded: LoadedModel) -> list[str]:
-    """What a checkpoint must agree in to be of the same model."""
+    """What a finished document must agree in to be of the same model."""
     return [loaded.fingerprint, loaded.dtype, loaded.device.split(":")[0]]

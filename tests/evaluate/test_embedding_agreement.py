@@ -15,6 +15,7 @@ from scipy import stats
 
 from core.errors import BadInput, CannotMeasure
 from core.evaluate.embedding_agreement import EmbeddingAgreementSettings, run, spearman
+from core.journal import Journal
 from core.models.embed import embed
 from core.models.loaded import LoadedModel
 from core.models.open import open_model
@@ -54,7 +55,7 @@ def pairs_file(tmp_path: Path) -> Path:
 
 def test_the_base_itself_agrees_exactly(pairs_file: Path):
     base = tiny_model("bert")
-    result = run(base, base, TEXT, silent, _settings(pairs=str(pairs_file)))
+    result = run(base, base, TEXT, Journal(), silent, _settings(pairs=str(pairs_file)))
     found = {metric.name: (metric.value, metric.low, metric.high) for metric in result.metrics}
     assert found["cosine_agreement"] == found["cosine_agreement_p1"] == (1.0, 1.0, 1.0)
     assert found["delta_spearman"] == (0.0, 0.0, 0.0)
@@ -65,7 +66,12 @@ def test_numbers_equal_their_definitions(shaken: LoadedModel, pairs_file: Path):
     base = tiny_model("bert")
     told: list[float] = []
     result = run(
-        base, shaken, TEXT, lambda done, total, _: told.append(done / total), _settings(pairs=str(pairs_file))
+        base,
+        shaken,
+        TEXT,
+        Journal(),
+        lambda done, total, _: told.append(done / total),
+        _settings(pairs=str(pairs_file)),
     )
     values = _values(result)
     texts = [s for text in TEXT.texts for s in sentences(text, limit=12)]
@@ -111,22 +117,29 @@ class TestRefusals:
         transformers.BertModel(config).save_pretrained(folder)
         narrow = open_model(ModelRef(str(folder)))
         with pytest.raises(BadInput, match="vectors of 128 and 64 numbers"):
-            run(tiny_model("bert"), narrow, TEXT, silent, _settings())
+            run(tiny_model("bert"), narrow, TEXT, Journal(), silent, _settings())
 
     def test_a_vector_that_is_not_finite(self, shaken: LoadedModel):
         with torch.no_grad():
             next(shaken.model.parameters())[:] = float("nan")
         with pytest.raises(CannotMeasure, match=r"the variant .* gives a vector that is not finite"):
-            run(tiny_model("bert"), shaken, TEXT, silent, _settings())
+            run(tiny_model("bert"), shaken, TEXT, Journal(), silent, _settings())
 
     def test_text_without_prose_and_calibration_text(self):
         base = tiny_model("bert")
         with pytest.raises(CannotMeasure, match="no sentence of five words"):
-            run(base, base, Documents("code", "evaluation", ("x = 1\n\ny = 2",)), silent, _settings())
+            run(
+                base,
+                base,
+                Documents("code", "evaluation", ("x = 1\n\ny = 2",)),
+                Journal(),
+                silent,
+                _settings(),
+            )
         with pytest.raises(BadInput, match="loaded for calibration"):
-            run(base, base, Documents("a", "calibration", TEXT.texts), silent, _settings())
+            run(base, base, Documents("a", "calibration", TEXT.texts), Journal(), silent, _settings())
 
     def test_a_missing_pairs_file_is_found_before_any_work(self):
         base = tiny_model("bert")
         with pytest.raises(BadInput, match=r"gone\.tsv does not exist"):
-            run(base, base, TEXT, silent, _settings(pairs="gone.tsv"))
+            run(base, base, TEXT, Journal(), silent, _settings(pairs="gone.tsv"))

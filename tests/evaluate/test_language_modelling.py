@@ -12,13 +12,12 @@ import pytest
 import torch
 
 from core.errors import BadInput, Cancelled, CannotMeasure
-from core.evaluate._checkpoint import Checkpoint
 from core.evaluate._token_scores import compare_logits
 from core.evaluate.language_modelling import (
     LanguageModellingSettings,
-    evaluate_documents,
     run,
 )
+from core.journal import Journal
 from core.models.loaded import LoadedModel
 from core.models.open import open_model
 from core.text.windows import encode_document
@@ -61,12 +60,17 @@ class TestIdentity:
         forwards: list[Any] = []
         handle = base.model.register_forward_hook(lambda *_: forwards.append(1))
         try:
-            result = run(base, base, TEXT, silent, _settings(window=64, stride=32))
+            result = run(base, base, TEXT, Journal(), silent, _settings(window=64, stride=32))
         finally:
             handle.remove()
         told: list[float] = []
-        evaluate_documents(
-            base, base, TEXT, lambda done, total, _: told.append(total), _settings(window=64, stride=32)
+        run(
+            base,
+            base,
+            TEXT,
+            Journal(),
+            lambda done, total, _: told.append(total),
+            _settings(window=64, stride=32),
         )
         assert len(forwards) == told[0]
         found = {metric.name: (metric.value, metric.low, metric.high) for metric in result.metrics}
@@ -82,6 +86,7 @@ class TestIdentity:
             tiny_model(family),
             _opened(tiny_folder(family, tmp_path)),
             TEXT,
+            Journal(),
             silent,
             _settings(window=64, stride=32),
         )
@@ -93,8 +98,8 @@ class TestIdentity:
 
     def test_swapping_the_models(self, other: LoadedModel):
         base = tiny_model("llama")
-        there = _values(run(base, other, TEXT, silent, _settings()))
-        back = _values(run(other, base, TEXT, silent, _settings()))
+        there = _values(run(base, other, TEXT, Journal(), silent, _settings()))
+        back = _values(run(other, base, TEXT, Journal(), silent, _settings()))
         assert there["kl"] > 0.01
         assert there["flips"] > 0
         assert there["top1_agreement"] == back["top1_agreement"]
@@ -113,6 +118,7 @@ class TestReference:
             base,
             variant,
             Documents("two", "evaluation", texts),
+            Journal(),
             silent,
             _settings(window=window, stride=stride, max_document_tokens=60),
         )
@@ -146,7 +152,7 @@ class TestReference:
 
     def test_headline_numbers_are_sums_over_documents(self, other: LoadedModel):
         base = tiny_model("llama")
-        result = run(base, other, TEXT, silent, _settings(max_document_tokens=40))
+        result = run(base, other, TEXT, Journal(), silent, _settings(max_document_tokens=40))
         encoded = [encode_document(base.tokenizer, text, max_tokens=40) for text in TEXT.texts]
         scored_bytes = sum(
             len(base.tokenizer.decode(e.ids[e.first_scored :].tolist()).encode()) for e in encoded
@@ -162,7 +168,7 @@ class TestReference:
         assert result.provenance.conditions["bytes"] == scored_bytes
 
     def test_positions_are_the_worst_with_their_own_text(self, other: LoadedModel):
-        result = run(tiny_model("llama"), other, TEXT, silent, _settings())
+        result = run(tiny_model("llama"), other, TEXT, Journal(), silent, _settings())
         positions = result.frames["positions"]
         assert len(positions) == 200
         assert positions["kl"].is_monotonic_decreasing
@@ -208,55 +214,44 @@ class TestKl:
 
 class TestRestart:
     def test_goes_on_where_it_was_stopped(self, other: LoadedModel, tmp_path: Path):
-        base = tiny_model("llama")
-        whole = run(base, other, TEXT, silent, _settings())
-        file = tmp_path / "job" / "documents.jsonl"
-        before = Checkpoint(file)
+        base, file = tiny_model("llama"), tmp_path / "parts.jsonl"
+        whole = run(base, other, TEXT, Journal(), silent, _settings())
 
-        def stop_after_five(index: int, row: dict[str, Any]) -> None:
-            before.add(index, row)
-            if len(before.rows) == 5:
-                raise Cancelled("stop")
+        class Stopped(Journal):
+            def put(self, key: str, value: dict[str, Any]) -> None:
+                super().put(key, value)
+                if len(self) == 5:
+                    raise Cancelled("stop")
 
         with pytest.raises(Cancelled):
-            evaluate_documents(base, other, TEXT, silent, _settings(), on_document=stop_after_five)
+            run(base, other, TEXT, Stopped(file), silent, _settings())
         with file.open("a") as torn:
-            torn.write('{"document": 5, "tok')
-        after = Checkpoint(file)
-        assert set(after.rows) == set(range(5))
-        again: list[int] = []
-
-        def add(index: int, row: dict[str, Any]) -> None:
-            again.append(index)
-            after.add(index, row)
-
-        resumed = evaluate_documents(
-            base, other, TEXT, silent, _settings(), finished=after.rows, on_document=add
-        )
-        assert Checkpoint(file).rows == after.rows
-        assert again == list(range(5, len(TEXT.texts)))
+            torn.write('{"key": "5", "val')
+        rest = Journal(file)
+        assert len(rest) == 5
+        resumed = run(base, other, TEXT, rest, silent, _settings())
+        assert len(rest) == len(Journal(file)) == len(TEXT.texts)
         assert resumed.metrics == whole.metrics
         for name, frame in whole.frames.items():
             assert frame.equals(resumed.frames[name])
 
-    def test_rows_of_another_measurement_are_not_used(self, other: LoadedModel):
-        base = tiny_model("llama")
-        rows: dict[int, Any] = {}
-        evaluate_documents(base, other, TEXT, silent, _settings(), on_document=rows.__setitem__)
-        for models, settings in (
-            ((base, other), _settings(window=32, stride=8)),
-            ((base, base), _settings()),
-        ):
-            again: list[int] = []
-            evaluate_documents(
-                *models,
-                TEXT,
-                silent,
-                settings,
-                finished=rows,
-                on_document=lambda index, _, again=again: again.append(index),
-            )
-            assert len(again) == len(TEXT.texts)
+    def test_a_finished_document_is_not_run_again(self, other: LoadedModel):
+        base, journal = tiny_model("llama"), Journal()
+        run(base, other, TEXT, journal, silent, _settings())
+        forwards: list[Any] = []
+        handle = other.model.register_forward_hook(lambda *_: forwards.append(1))
+        try:
+            run(base, other, TEXT, journal, silent, _settings())
+        finally:
+            handle.remove()
+        assert forwards == []
+
+    def test_parts_of_another_measurement_are_not_used(self, other: LoadedModel):
+        base, journal = tiny_model("llama"), Journal()
+        run(base, other, TEXT, journal, silent, _settings())
+        run(base, other, TEXT, journal, silent, _settings(window=32, stride=8))
+        run(base, base, TEXT, journal, silent, _settings())
+        assert len(journal) == 3 * len(TEXT.texts)
 
     def test_progress_counts_windows_to_the_end(self, other: LoadedModel):
         told: list[tuple[float, float]] = []
@@ -264,6 +259,7 @@ class TestRestart:
             tiny_model("llama"),
             other,
             TEXT,
+            Journal(),
             lambda done, total, _: told.append((done, total)),
             _settings(window=16, stride=8),
         )
@@ -278,7 +274,7 @@ class TestRefusals:
         folder = tiny_folder("llama", tmp_path / "llama")
         shutil.copy(tiny_folder("bert", tmp_path / "bert") / "tokenizer.json", folder)
         with pytest.raises(BadInput, match="do not read the same tokens"):
-            run(tiny_model("llama"), _opened(folder), TEXT, silent, _settings())
+            run(tiny_model("llama"), _opened(folder), TEXT, Journal(), silent, _settings())
 
     def test_logits_that_are_not_numbers(self, tmp_path: Path):
         broken = _opened(tiny_folder("llama", tmp_path))
@@ -289,22 +285,24 @@ class TestRefusals:
         with pytest.raises(
             CannotMeasure, match=r"^document 0 \('The capital .*the variant .* window of tokens 0 to"
         ):
-            run(tiny_model("llama"), broken, TEXT, silent, _settings())
+            run(tiny_model("llama"), broken, TEXT, Journal(), silent, _settings())
 
     def test_calibration_text(self):
         base = tiny_model("llama")
         text = Documents("a", "calibration", TEXT.texts)
         with pytest.raises(BadInput, match="loaded for calibration"):
-            run(base, base, text, silent, _settings())
+            run(base, base, text, Journal(), silent, _settings())
 
     def test_nothing_to_predict(self):
         base = tiny_model("llama")
         with pytest.raises(CannotMeasure, match="no document of two tokens or more"):
-            run(base, base, Documents("a", "evaluation", ("a", "")), silent, _settings())
+            run(base, base, Documents("a", "evaluation", ("a", "")), Journal(), silent, _settings())
 
     def test_a_short_document_is_left_out_and_said(self):
         base = tiny_model("llama")
-        result = run(base, base, Documents("a", "evaluation", ("a", *TEXT.texts[:3])), silent, _settings())
+        result = run(
+            base, base, Documents("a", "evaluation", ("a", *TEXT.texts[:3])), Journal(), silent, _settings()
+        )
         assert len(result.frames["documents"]) == 3
         assert any("1 documents are too short" in note for note in result.notes)
         assert any("no interval" in note for note in result.notes)
@@ -317,6 +315,6 @@ class TestRefusals:
     def test_the_window_is_capped_by_the_context_length(self):
         base = tiny_model("gpt2")
         long = Documents("a", "evaluation", (" ".join(CORPUS) * 5,))
-        result = run(base, base, long, silent, _settings(window=4096, max_document_tokens=600))
+        result = run(base, base, long, Journal(), silent, _settings(window=4096, max_document_tokens=600))
         assert result.provenance.conditions["window"] == base.anatomy.context_length == 256
         assert result.frames["documents"]["tokens"].iloc[0] > 400
