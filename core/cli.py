@@ -113,8 +113,13 @@ def command_run(args: argparse.Namespace) -> Any:
     ids = [made.variant.base_id, made.variant.id] if args.with_base else [made.variant.id]
     runs = []
     for id_ in ids:
-        runs.append(evaluate_variant(catalog, id_, documents=args.documents, progress=progress))
-        runs.append(profile_variant(catalog, id_, settings={"tier": args.tier}, progress=progress))
+        runs.append(
+            evaluate_variant(
+                catalog, id_, documents=args.documents, settings=pairs(args.evaluate_set), progress=progress
+            )
+        )
+        speed = {"tier": args.tier, **pairs(args.profile_set)}
+        runs.append(profile_variant(catalog, id_, settings=speed, progress=progress))
     return {**made.summary(), "runs": runs}
 
 
@@ -212,9 +217,9 @@ def build_parser() -> argparse.ArgumentParser:
         for name in names:
             parser.add_argument(name, default="pydoc", metavar="SOURCE", help=text)
 
-    def takes_settings(parser: argparse.ArgumentParser) -> None:
-        text = "a setting of the method; repeatable (see `slimscope methods`)"
-        parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    def takes_settings(parser: argparse.ArgumentParser, name: str = "--set", of: str = "method") -> None:
+        text = f"a setting of the {of}; repeatable (see `slimscope methods`)"
+        parser.add_argument(name, action="append", default=[], metavar="KEY=VALUE", help=text)
 
     takes_model(add("open", command_open), "model")
     parser = add("methods", command_methods)
@@ -242,6 +247,8 @@ def build_parser() -> argparse.ArgumentParser:
         choices=["rapid", "quick", "full"],
         help="how long to measure speed (default: %(default)s)",
     )
+    takes_settings(parser, "--evaluate-set", of="evaluation")
+    takes_settings(parser, "--profile-set", of="profile")
     parser.add_argument("--with-base", action="store_true", help="measure the base too, in the same session")
     parser = add("evaluate", command_evaluate)
     takes_model(parser, "model")

@@ -95,7 +95,7 @@ def test_the_loop_from_the_command_line(ask, model, recipe_file):
         "the same recipe is the same variant"
     )
 
-    ran = ask("run", recipe_file, "--model", model, "--with-base")
+    ran = ask("run", recipe_file, "--model", model, "--with-base", "--profile-set", "prompt_tokens=64")
     assert ran["variant"] == made["variant"], "a recipe file and --set mean the same"
     assert [run["kind"] for run in ran["runs"]] == ["evaluate", "profile"] * 2
 
@@ -112,7 +112,7 @@ def test_the_loop_from_the_command_line(ask, model, recipe_file):
     assert {row["on_front"] for row in rows.values()} <= {True, False}
 
     assert ask("evaluate", made["open"])["variant_id"] == made["variant"]
-    assert ask("profile", made["open"], "--tier", "rapid")["kind"] == "profile"
+    assert ask("profile", made["open"], "--tier", "rapid", "--set", "prompt_tokens=64")["kind"] == "profile"
     assert ask("open", made["open"])["fingerprint"]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from core import paths
 from core.errors import CatalogError
@@ -58,6 +58,11 @@ def open_engine(url: URL, *, read_only: bool = False, rebuilding: bool = False) 
         engine = create_engine(
             url, connect_args=arguments, json_serializer=canonical_json, pool_pre_ping=not sqlite
         )
+    except NoSuchModuleError:
+        raise CatalogError(
+            f"catalogs of {url.drivername} are not supported; give the path of a SQLite file, or a sqlite:/// or "
+            "postgresql+psycopg:// URL"
+        ) from None
     except ModuleNotFoundError as error:
         raise CatalogError(
             f"catalogs of {url.drivername} need the Python package {error.name}; install slimscope[postgres]"

@@ -47,7 +47,7 @@ class TorchEagerSettings(ProfileSettings):
         return self.device
 
 
-@method("profile", title="torch, eager", needs=())
+@method("profile", title="PyTorch, eager", needs=())
 def run(folder: Path, progress: Progress, settings: TorchEagerSettings) -> Result:
     """Speed and memory of an artifact in plain transformers, reloaded in a fresh process.
 
