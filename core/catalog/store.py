@@ -47,6 +47,8 @@ from core.catalog.tables import (
 from core.errors import BadInput, CatalogError
 from core.types import Family, Run, Variant, content_hash
 
+HEADLINE_KINDS = frozenset({"evaluate", "profile"})
+"""Runs whose numbers compare variants; what compressing and proving cost is read run by run."""
 __all__ = ["Catalog", "new_id"]
 
 
@@ -192,7 +194,8 @@ class Catalog(Database):
             session.add(run_row(run))
             session.flush()
             session.add_all([*rows, *layers])
-            self._move_headlines(session, run)
+            if run.kind in HEADLINE_KINDS:
+                self._move_headlines(session, run)
         return run
 
     def _move_headlines(self, session: Session, run: Run) -> None:
