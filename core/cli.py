@@ -27,6 +27,13 @@ from core.types import Measurement, Metric, Progress, Prompt, Result
 DEFAULT_TEXT = "The quick brown fox jumps over the lazy dog. The quick brown fox jumps over the"
 
 
+COMPARE_SHOWN = [
+    *("variant", "name", "bytes", "bits_per_weight", "kl", "kl_low", "kl_high", "bits_per_byte"),
+    *("prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes", "proven", "on_front"),
+]
+"""What a terminal is wide enough for; ``--json`` has every column."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = build_parser().parse_args(argv)
@@ -155,7 +162,8 @@ def command_compare(args: argparse.Namespace) -> Any:
     """One row per variant: size, quality, speed, proof, and whether it is on the front."""
     from core.loop import compare
 
-    return compare(_catalog(args), base=args.base, objective=args.x, quality=args.y)
+    rows = compare(_catalog(args), base=args.base, objective=args.x, quality=args.y)
+    return rows if args.json else rows.reindex(columns=COMPARE_SHOWN)
 
 
 def command_jobs(args: argparse.Namespace) -> Any:
@@ -164,7 +172,13 @@ def command_jobs(args: argparse.Namespace) -> Any:
 
     queue = Queue(_catalog(args))
     if args.action == "list":
-        return queue.jobs(limit=args.limit)
+        jobs = queue.jobs(limit=args.limit)
+        shown = ("id", "kind", "state", "attempt", "message", "error")
+        return (
+            jobs
+            if args.json
+            else pd.DataFrame([{name: getattr(job, name) for name in shown} for job in jobs])
+        )
     if not args.job:
         raise BadInput(f"`slimscope jobs {args.action}` needs a job id; see `slimscope jobs`")
     return {"show": queue.job, "cancel": queue.cancel, "retry": queue.retry}[args.action](args.job)
@@ -181,7 +195,7 @@ def command_ui(args: argparse.Namespace) -> Any:
     """Open the dashboard."""
     from app.server import serve
 
-    serve(host=args.host, port=args.port)
+    serve(host=args.host, port=args.port, open_browser=has_display() and not args.no_browser)
 
 
 # --- the command line ---------------------------------------------------------------------------------
@@ -277,8 +291,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
     )
+    parser.add_argument("--no-browser", action="store_true", help="do not open a browser window")
     parser.add_argument("--port", type=int, default=8501, help="port (default: %(default)s)")
     return top
+
+
+def has_display() -> bool:
+    """Whether a browser window can open here: always on macOS and Windows, with a display server elsewhere."""
+    return sys.platform in ("darwin", "win32") or bool(
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    )
 
 
 def pairs(items: Sequence[str]) -> dict[str, str]:
