@@ -21,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 
-from core.errors import BadInput, Cancelled, SlimscopeError
+from core.errors import BadInput, Cancelled, SlimscopeError, refused_by_system
 from core.types import Measurement, Metric, Progress, Prompt, Result
 
 DEFAULT_TEXT = "The quick brown fox jumps over the lazy dog. The quick brown fox jumps over the"
@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        print(f"slimscope: {refused_by_system(error)}", file=sys.stderr)
+        return 1
     if answer is not None:
         print(json.dumps(plain(answer), ensure_ascii=False, allow_nan=False) if args.json else human(answer))
     return 0

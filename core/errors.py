@@ -20,6 +20,21 @@
 ends with the next move.
 """
 
+from __future__ import annotations
+
+import errno
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def refused_by_system(error: OSError) -> str:
+    """One sentence for what the operating system refused: a full disk, a place that cannot be written to."""
+    said = error.strerror or str(error) or type(error).__name__
+    where = f"{error.filename}: {said}" if error.filename else said
+    if error.errno in _NO_SPACE:
+        return f"{where}; nothing half-written is kept: free some space and try again"
+    return f"{where}; check this path, or choose other places by SLIMSCOPE_HOME, SLIMSCOPE_CACHE or SLIMSCOPE_CATALOG"
+
 
 class SlimscopeError(Exception):
     """Base of every error that is shown to a user as one sentence."""

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,10 +144,10 @@ def make_variant(
         parents=(parent.id,),
     )
     progress(0.97, 1.0, "entering the variant into the catalog")
-    catalog.add_variant(variant)
+    catalog.add_variant(replace(variant, proven=False))  # proven only once the proof is in the catalog too
     _record(catalog, "compress", variant.id, made.result, started, layer_stats=made.result.frame)
     proof = _record(catalog, "proof", variant.id, made.proof.as_result(), started)
-    return Made(catalog.variant(id_), proof, reused=False)
+    return Made(catalog.add_variant(variant), proof, reused=False)
 
 
 def evaluate_variant(
@@ -331,10 +331,7 @@ def _record(
         ended_at=datetime.now(UTC),
         measurements=tuple(_measurement(metric) for metric in result.metrics),
     )
-    catalog.record_run(run, environment=facts, layer_stats=layer_stats)
-    for name, frame in result.frames.items():
-        catalog.put_frame(run.id, name, frame)
-    return run
+    return catalog.record_run(run, environment=facts, layer_stats=layer_stats, frames=result.frames)
 
 
 def _measurement(metric: Metric) -> Measurement:

@@ -91,6 +91,11 @@ class ArtifactStore:
             (self.root / hash_).rename(doomed)
             shutil.rmtree(doomed)
 
+    def discard(self, pid: int) -> None:
+        """Remove what a process of this machine that is known to be dead had not finished."""
+        for path in self.root.glob(f"{INCOMING}{pid}-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
     def sweep(self, *, older_than_s: float = DAY_S) -> list[Path]:
         """Remove folders that a crash left half-written, unless young or of a living process."""
         limit = time.time() - older_than_s

@@ -32,6 +32,10 @@ class Database:
         self.folder, self.name = home(self._parsed)
         """Where artifacts, job logs and scratch folders are, and the catalog's name among others there."""
         file = sqlite_file(self._parsed)
+        if file is not None and file.is_dir():
+            raise CatalogError(
+                f"{file} is a folder; give the path of a SQLite file, e.g. {file / 'catalog.sqlite'}"
+            )
         if read_only and file is not None and not file.exists():
             raise CatalogError(f"there is no catalog at {file}; any slimscope command that writes makes one")
         try:

@@ -29,6 +29,17 @@ _PRAGMAS = (
     "mmap_size=268435456",
 )
 
+_NEXT_MOVES = {
+    "not a database": "give the path of a catalog, or of a file that does not exist yet",
+    "already exists": "it is a database of something else: give the path of a catalog, or of a file that does not "
+    "exist yet",
+    "disk is full": "what was finished is kept: free some space and try again",
+    "readonly": "give a path that may be written to",
+    "database is locked": "another process is writing to it: try again",
+}
+"""What to do, by words of the driver's message."""
+_LAST_MOVE = "check that it is reachable and not damaged"
+
 
 def parse_url(url: str) -> URL:
     """Read a catalog URL, a SQLite file's path made absolute; raises ``CatalogError`` when it is no such URL."""
@@ -97,7 +108,8 @@ def explained(url: URL) -> Iterator[None]:
     except DBAPIError as error:
         where = url.render_as_string(hide_password=True)
         said = str(error.orig).splitlines()[0]
-        raise CatalogError(f"catalog {where}: {said}; check that it is reachable and not damaged") from error
+        move = next((move for words, move in _NEXT_MOVES.items() if words in said), _LAST_MOVE)
+        raise CatalogError(f"catalog {where}: {said}; {move}") from error
 
 
 def sqlite_file(url: URL) -> Path | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -179,21 +180,23 @@ class Catalog(Database):
         *,
         environment: Mapping[str, Any] | None = None,
         layer_stats: pd.DataFrame | None = None,
+        frames: Mapping[str, pd.DataFrame] | None = None,
     ) -> Run:
-        """Enter a finished run with its measurements, and move the headlines of its variant on.
+        """Enter a finished run with its measurements and frames, and move the headlines of its variant on.
 
         ``environment`` are the facts behind ``run.environment``; ``layer_stats`` is a compress method's frame
         (columns ``LAYER_COLUMNS``). Raises ``BadInput`` for a number that is not finite.
         """
         rows = measurement_rows(run)
         layers = [] if layer_stats is None else layer_rows(run.id, layer_stats)
+        kept = [self._frame_row(run.id, name, frame) for name, frame in (frames or {}).items()]
         with self.write() as session:
             if run.environment and session.get(EnvironmentRow, run.environment) is None:
                 session.add(EnvironmentRow(hash=run.environment, facts=dict(environment or {})))
                 session.flush()
             session.add(run_row(run))
             session.flush()
-            session.add_all([*rows, *layers])
+            session.add_all([*rows, *layers, *kept])
             if run.kind in HEADLINE_KINDS:
                 self._move_headlines(session, run)
         return run
@@ -278,12 +281,21 @@ class Catalog(Database):
 
     def put_frame(self, run_id: str, name: str, frame: pd.DataFrame) -> str:
         """Keep a run's frame as Parquet; returns its artifact's hash."""
-        folder = self.artifacts.incoming()
-        frame.to_parquet(folder / "frame.parquet", compression="zstd")
-        hash_ = self.put_artifact(folder)
+        row = self._frame_row(run_id, name, frame)
+        hash_ = row.artifact
         with self.write() as session:
-            session.add(FrameRow(run_id=run_id, name=name, artifact=hash_, rows=len(frame)))
+            session.add(row)
         return hash_
+
+    def _frame_row(self, run_id: str, name: str, frame: pd.DataFrame) -> FrameRow:
+        """The row of a frame whose file is in the catalog already."""
+        folder = self.artifacts.incoming()
+        try:
+            frame.to_parquet(folder / "frame.parquet", compression="zstd")
+            hash_ = self.put_artifact(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return FrameRow(run_id=run_id, name=name, artifact=hash_, rows=len(frame))
 
     def frame(self, run_id: str, name: str) -> pd.DataFrame:
         """A run's frame; raises ``BadInput`` listing the run's frames when it has no such one."""

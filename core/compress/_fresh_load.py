@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,15 @@ def output_of(model: Any, inputs: dict[str, Any]) -> Any:
     return output["logits"] if "logits" in output else output["last_hidden_state"]
 
 
+def end_with_parent() -> None:
+    """Wait for the end of standard input, which comes when the parent is gone; then end at once."""
+    os.read(0, 1)
+    os._exit(1)
+
+
 def main(request_path: str) -> None:
     """Answer one request."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     import torch
     import transformers
     from safetensors.torch import load_file, save_file

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ def compress(
             proof = prove(saved, loaded=loaded, expected=expected, progress=_tail(progress))
             if not proof.passed:
                 raise ProofFailed(f"{recipe.label()}: {proof.failure}; the files were removed")
-            add_to_provenance(folder, proof=asdict(proof))
+            add_to_provenance(folder, proof=_timeless(asdict(proof)))
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -108,16 +107,20 @@ def _combined(results: list[Result], frame: pd.DataFrame, saved: SavedFiles) -> 
 
 
 def _provenance(loaded: LoadedModel, recipe: Recipe, results: list[Result]) -> dict[str, Any]:
-    """What ``slimscope.json`` says of where the files come from."""
+    """What ``slimscope.json`` says of where the files come from: no times, so that a variant made again is the same
+    bytes, and so the same artifact."""
     return {
         "schema_version": 1,
-        "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "base": {"source": str(loaded.ref), "fingerprint": loaded.fingerprint},
         "recipe": recipe.model_dump(mode="json"),
-        "steps": [asdict(result.provenance) for result in results],
+        "steps": [_timeless(asdict(result.provenance)) for result in results],
         "notes": [note for result in results for note in result.notes],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def _timeless(facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: fact for name, fact in facts.items() if not name.endswith("seconds")}
 
 
 def _part(progress: Progress, index: int, count: int) -> Progress:

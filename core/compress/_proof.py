@@ -113,7 +113,8 @@ def prove(saved: SavedFiles, *, loaded: LoadedModel, expected: Expected, progres
     """
     started = time.monotonic()
     loader = _loader(loaded)
-    with tempfile.TemporaryDirectory(prefix="slimscope-proof-") as scratch:
+    # Beside the files: what a killed process leaves is found and removed with them.
+    with tempfile.TemporaryDirectory(prefix=".proof-", dir=saved.folder.parent) as scratch:
         answer, output, failure = _ask(saved, loaded, expected, loader, Path(scratch), progress)
     difference = None if output is None else _difference(output, expected.output)
     differing = None if answer is None else _differing(answer["digests"], expected.digests)
@@ -170,7 +171,9 @@ def _run_fresh(scratch: Path, progress: Progress) -> tuple[int, str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     log = scratch / "log"
     with log.open("wb") as stream:
-        child = subprocess.Popen(command, cwd=scratch, env=environment, stdout=stream, stderr=stream)
+        child = subprocess.Popen(  # its standard input closes when we end, however we end
+            command, cwd=scratch, env=environment, stdin=subprocess.PIPE, stdout=stream, stderr=stream
+        )
         started = time.monotonic()
         try:
             while child.poll() is None and time.monotonic() - started < LONGEST_SECONDS:
@@ -179,7 +182,8 @@ def _run_fresh(scratch: Path, progress: Progress) -> tuple[int, str]:
         finally:
             if child.poll() is None:
                 child.kill()
-            child.wait()
+            with child:
+                pass  # reaped, and its pipe closed
     return child.returncode, log.read_text(encoding="utf-8", errors="replace")
 
 

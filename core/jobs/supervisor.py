@@ -151,6 +151,8 @@ class Supervisor:
 
     def _lose(self, row: JobRow, watch: Watch, exit_code: int | None) -> None:
         error = _cause(row, watch.verdict, exit_code)
+        if row.pid is not None:
+            self._catalog.artifacts.discard(row.pid)
         with self._catalog.write("jobs_revision") as session:
             current = ledger.get(session, row.id)
             # It may have ended properly between our look at the table and its worker's exit.

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from core.catalog.store import Catalog
-from core.errors import BadInput, Cancelled, CatalogError, SlimscopeError
+from core.errors import BadInput, Cancelled, CatalogError, SlimscopeError, refused_by_system
 from core.jobs import ledger
 from core.jobs.context import Task, TaskContext
 from core.jobs.queue import Queue
@@ -141,6 +141,9 @@ def work(catalog: Catalog, job: Job) -> None:
             "failed",
             f"out of memory ({problem}); choose a smaller model or free memory, then retry",
         )
+        traceback.print_exc()
+    except OSError as problem:
+        state, error = "failed", refused_by_system(problem)
         traceback.print_exc()
     except Exception as problem:  # noqa: BLE001 - whatever a task dies of is its job's end, not the worker's
         state, error = "failed", f"{type(problem).__name__}: {problem}; see the log"

@@ -150,6 +150,11 @@ def _architecture(folder: Path, config: dict[str, Any]) -> str:
             "and image classifiers"
         )
     architecture: str = names[0]
+    if "auto_map" not in config and not hasattr(transformers, architecture):
+        raise CannotOpen(
+            f"{folder}/config.json names the architecture {architecture}, which transformers "
+            f"{transformers.__version__} does not have; open another model"
+        )
     return architecture
 
 
