@@ -118,11 +118,25 @@ def test_an_all_zero_group_stays_zero() -> None:
 
 
 def test_scales_that_float16_cannot_hold_are_kept_in_float32() -> None:
-    assert storable_dtype(torch.tensor([1e-3])) is torch.float16
-    assert storable_dtype(torch.tensor([1e-3, 1e-6])) is torch.float32
-    assert storable_dtype(torch.tensor([1e-3, 1e5])) is torch.float32
+    assert storable_dtype(torch.tensor([1e-3]), bits=8) is torch.float16
+    assert storable_dtype(torch.tensor([1e-3, 1e-6]), bits=8) is torch.float32
+    assert storable_dtype(torch.tensor([1e-3, 1e5]), bits=8) is torch.float32
     tiny = quantize(WEIGHT * 1e-6, IntegerScheme(8, None, True))
     assert tiny.scale.dtype is torch.float32
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_beyond_float16_stay_finite(symmetric: bool) -> None:
+    """Their scales would fit into float16, but not scale times code."""
+    large = WEIGHT * 1e5
+    for bits in (2, 4, 8):
+        assert torch.isfinite(quantize(large, IntegerScheme(bits, 32, symmetric)).dequantize()).all()
+
+
+def test_a_scale_too_small_for_its_dtype_never_becomes_zero() -> None:
+    packed = quantize(WEIGHT * 1e-9, IntegerScheme(4, 32, True), scale_dtype=torch.float16)
+    assert (packed.scale > 0).all()
+    assert not packed.codes.any()  # far below half a step: all rounded to zero, none to an undefined code
 
 
 def test_float8_rounds_to_nearest_even() -> None:
