@@ -34,14 +34,11 @@ class Step(BaseModel):
         return get("compress", self.method).parse(self.settings)
 
     def label(self) -> str:
-        """A short name: the method and the settings that differ from its defaults."""
+        """A short name: the method, its first setting, and those that differ from its defaults."""
         parsed = self.parsed()
-        changed = [
-            f"{name}={getattr(parsed, name)}"
-            for name, info in type(parsed).model_fields.items()
-            if getattr(parsed, name) != info.default
-        ]
-        return " ".join([self.method, *changed])
+        fields = type(parsed).model_fields
+        telling = [n for i, n in enumerate(fields) if i == 0 or getattr(parsed, n) != fields[n].default]
+        return " ".join([self.method, *(f"{name}={getattr(parsed, name)}" for name in telling)])
 
 
 class Recipe(BaseModel):
@@ -106,5 +103,5 @@ class Recipe(BaseModel):
         return content_hash([base_fingerprint, self.model_dump(mode="json")])[:12]
 
     def label(self) -> str:
-        """A short human name, e.g. ``rtn bits=8``."""
+        """A short human name, e.g. ``rtn bits=4 scheme=symmetric``."""
         return " + ".join(step.label() for step in self.steps)

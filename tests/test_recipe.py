@@ -59,3 +59,9 @@ def test_a_file_that_is_not_json_is_named(tmp_path):
         Recipe.read(file)
     with pytest.raises(BadInput, match="No such file"):
         Recipe.read(tmp_path / "none.json")
+
+
+def test_a_label_says_the_first_setting_and_what_was_changed():
+    assert Recipe.of("rtn").label() == "rtn bits=4"
+    assert Recipe.of("rtn", scheme="symmetric").label() == "rtn bits=4 scheme=symmetric"
+    assert Recipe.of("cast", dtype="float16").label() == "cast dtype=float16"
