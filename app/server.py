@@ -113,6 +113,7 @@ async def lifespan(app: st.App) -> AsyncIterator[dict[str, Any]]:
     # Streamlit's collections walk the heap; what was imported by now never becomes garbage.
     gc.collect()
     gc.freeze()
+    threading.Thread(target=engine.warm, name="warm", daemon=True).start()
     yield {}
 
 

@@ -6,6 +6,7 @@ The session holds ids and short texts only, never frames or models.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,6 +43,7 @@ def choice(
     ``widget`` is ``st.selectbox`` or ``st.segmented_control``. Streamlit's own binding would put the title into the
     address, which is no stable link. The address wins over the session, so links and the back button work.
     """
+    titles = distinct(titles)
     free = options.get("accept_new_options", False)
     wanted = st.query_params.get(key)
     if wanted and (wanted in titles or free):
@@ -68,6 +70,12 @@ def choice(
     if chosen and chosen != default and st.query_params.get(key) != chosen:
         st.query_params[key] = chosen  # kept from another page: the address shows it again
     return chosen or default
+
+
+def distinct(titles: Mapping[str, str]) -> dict[str, str]:
+    """Titles of ids, a title that several share followed by the id: a box takes its choice back by the title."""
+    times = Counter(titles.values())
+    return {id_: title if times[title] == 1 else f"{title} ({id_})" for id_, title in titles.items()}
 
 
 def model_picker() -> None:

@@ -17,9 +17,11 @@ from core.registry import methods
 from core.tradeoff import Objective, available, objective, pareto_front, probability_on_front, usable
 from core.types import Measurement, Run, Variant
 
-MARKS = 2_500
-"""Dominated points drawn at most; the rest is counted and said."""
-TABLE_ROWS = 1_000
+MARKS = 1_500
+"""Dominated points drawn at most; the rest is counted and said. Streamlit draws SVG, whose points can be told apart
+by assistive technology, up to 2 000."""
+TABLE_ROWS = 200
+"""Rows sent to the table at most: it shows eight at a time, and its decoding is what a click waits for."""
 WHISKERS = 40
 """Front points whose intervals are drawn at most: more would hide the points."""
 BASE = "base"
@@ -52,6 +54,11 @@ class Scene:
     def front(self) -> pd.DataFrame:
         """The front's marks from left to right."""
         return self.marks[self.marks["on_front"]].sort_values("x")
+
+    def mark(self, variant: str) -> pd.Series | None:
+        """The mark of a variant, or None where it is not drawn."""
+        rows = self.marks[self.marks["variant"] == variant]
+        return None if rows.empty else rows.iloc[0]
 
 
 def scene(frame: pd.DataFrame, x: str, y: str, verdict: Verdict, *, marks: int = MARKS) -> Scene:

@@ -15,7 +15,7 @@ from app.charts import MARK_LIMIT, titled
 from app.text import visible
 from core.models.anatomy import Anatomy
 from core.models.sizes import kv_cache_bytes, kv_cache_bytes_per_token
-from core.types import Job, Provenance, Variant, View
+from core.types import Job, Provenance, View
 
 
 @dataclass(frozen=True)
@@ -152,14 +152,18 @@ def provenance_line(provenance: Provenance) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def recent_variants(variants: Sequence[Variant], *, limit: int) -> pd.DataFrame:
-    """The newest variants, bases included, as the start page lists them."""
-    newest = sorted(variants, key=lambda v: str(v.created_at), reverse=True)[:limit]
-    rows = [
-        (v.id, v.name, format.size(v.bytes), v.bits_per_weight, v.proven, format.ago(v.created_at))
-        for v in newest
-    ]
-    return pd.DataFrame(rows, columns=["variant", "name", "size", "bits_per_weight", "proven", "made"])
+def recent_variants(newest: pd.DataFrame) -> pd.DataFrame:
+    """Models as the start page lists them, from ``core.catalog.queries.newest``."""
+    return pd.DataFrame(
+        {
+            "variant": newest["id"],
+            "name": newest["name"],
+            "size": newest["bytes"].map(format.size),
+            "bits_per_weight": newest["bits_per_weight"],
+            "proven": newest["proven"],
+            "made": newest["created_at"].map(format.ago),
+        }
+    )
 
 
 def recent_jobs(jobs: Sequence[Job]) -> pd.DataFrame:

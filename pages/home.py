@@ -53,7 +53,7 @@ for name, demo in demos().items():
 left, right = st.columns([6, 4], gap="small")
 with left.container(border=True, height="stretch"):
     st.header("Recent variants", anchor=False)
-    variants = recent_variants(engine.catalog().variants(), limit=8)
+    variants = recent_variants(engine.newest_models(engine.revision()).head(8))
     if variants.empty:
         empty_state(
             "No variants yet: a smaller copy is one click away.",

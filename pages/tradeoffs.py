@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import streamlit as st
 
 from app import engine, state, tradeoff_views
@@ -48,7 +50,7 @@ if bases.empty:
     st.stop()
 
 # --- what is compared: the address names it, else the model that is looked at ---------------------------
-names = dict(zip(bases["id"], bases["name"], strict=True))
+names = state.distinct(dict(zip(bases["id"], bases["name"], strict=True)))
 fitting = bases.loc[bases["source"] == state.model(), "id"]
 default = fitting.iloc[0] if len(fitting) else bases["id"].iloc[0]
 asked = st.query_params.get("base")
@@ -93,32 +95,39 @@ with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
 constraints = board.constraints_of(limits)
 verdict = check(frame, constraints, eligible=usable(frame))
 scene = tradeoff_views.scene(frame, x, y, verdict)
-variant = board.picked(frame)
 if constraints:
     board.limits_line(verdict)
-
-# --- headline figures, chart and the picked variant (sent before the chart: it is what a click waits for) --
 board.headline_row(headlines(frame, tolerance=tolerance), scene)
-left, right = st.columns([1.9, 1], gap="small")
-detail = engine.variant_detail(variant, engine.revision()) if variant else None
-with right.container(border=True, height="stretch"):
-    if detail is None:
-        st.header("Variant", anchor=False)
-        with st.container(height="stretch", vertical_alignment="center", horizontal_alignment="center"):
-            st.markdown(
-                ":material/ads_click: :gray[Click a point or a table row to see one variant.]",
-                text_alignment="center",
-            )
-    else:
-        marks = scene.marks.set_index("variant")
-        mark = marks.loc[variant] if variant in marks.index else None
-        variant_summary(detail, frame, mark, clear=lambda: board.repick(None))
-with left.container(border=True, height="stretch"):
-    st.header(f"{scene.y.title} against {scene.x.title.lower()}", anchor=False)
-    chart = board.front_chart(scene, variant=variant)
 
-# --- table ----------------------------------------------------------------------------------------------
-with st.container(border=True):
+
+# --- chart, picked variant, table: a fragment, so that a click redraws these alone ------------------------
+def explore() -> None:
+    """The panel is sent before the chart, because it is what a click waits for."""
+    variant = board.picked(frame)
+    detail = engine.variant_detail(variant, engine.revision()) if variant else None
+    left, right = st.columns([1.9, 1], gap="small")
+    with right.container(border=True, height="stretch"):
+        if detail is None:
+            board.nothing_picked()
+        else:
+            mark = scene.mark(detail.variant.id)
+            variant_summary(detail, frame, mark, clear=lambda: board.repick(None))
+    with left.container(border=True, height="stretch"):
+        st.header(f"{scene.y.title} against {scene.x.title.lower()}", anchor=False)
+        chart = board.front_chart(scene, variant=variant)
+    with st.container(border=True):
+        variants(chart, variant)
+    if detail is not None:
+        with st.container(border=True):
+            st.header(f"{esc(detail.variant.name)}: the evidence", anchor=False)
+            base = engine.variant_detail(base_id, engine.revision()).variant
+            has_files = detail.variant.artifact is not None
+            folder = str(engine.catalog().variant_folder(detail.variant.id)) if has_files else None
+            variant_evidence(detail, base, folder)
+
+
+def variants(chart: Any, variant: str | None) -> None:
+    """The table of what is brushed, and the export of it and of the chart."""
     brush = board.box()
     with st.container(horizontal=True, vertical_alignment="center"):
         st.header("Variants", anchor=False, width="stretch")
@@ -129,17 +138,12 @@ with st.container(border=True):
         if only:
             chosen &= frame["variant"].isin(scene.front["variant"])
         export_menu(
-            tradeoff_views.export_table(frame, chosen, scene.front["variant"]),
+            lambda: tradeoff_views.export_table(frame, chosen, scene.front["variant"]),
             chart,
             name=f"tradeoffs-{base_id}",
             key="tradeoffs",
         )
     board.variant_table(frame, chosen, scene, variant=variant)
 
-if detail is not None:
-    with st.container(border=True):
-        st.header(f"{esc(detail.variant.name)}: the evidence", anchor=False)
-        base = detail.variant if variant == base_id else engine.catalog().variant(base_id)
-        has_files = detail.variant.artifact is not None
-        folder = str(engine.catalog().variant_folder(variant)) if has_files else None
-        variant_evidence(detail, base, folder)
+
+st.fragment(explore)()

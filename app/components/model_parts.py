@@ -8,6 +8,7 @@ import streamlit as st
 
 from app import format
 from app.charts import PADDING
+from app.components.card_head import card_head
 from app.components.export_menu import export_menu
 from app.text import esc
 from app.views import component_totals, heads_line, kv_at, moe_line
@@ -63,18 +64,14 @@ def components(card: ModelCard) -> None:
     label = chart.mark_text(align="left", dx=5, color="#7C869A").encode(
         text=alt.Text("share:Q", format=".1%")
     )
-    with st.container(horizontal=True, vertical_alignment="center"):
-        st.header("Where the bytes are", anchor=False, width="stretch")
-        export_menu(totals, chart, name="components", key="components")
+    card_head("Where the bytes are", totals, chart, key="components")
     drawn = (chart + label).properties(height=34 * len(totals) + 40, padding={**PADDING, "right": 40})
     st.altair_chart(drawn, key="components_chart", alt="Bytes of each component")
 
 
 def modules(card: ModelCard) -> None:
     """Every module that owns parameters, the largest first."""
-    with st.container(horizontal=True, vertical_alignment="center"):
-        st.header("Every module", anchor=False, width="stretch")
-        export_menu(card.components, None, name="modules", key="modules")
+    card_head("Every module", card.components, None, key="modules")
     frame = card.components.sort_values("bytes", ascending=False, kind="stable")
     frame = frame.assign(megabytes=frame["bytes"] / 1e6)
     st.dataframe(
@@ -96,9 +93,7 @@ def modules(card: ModelCard) -> None:
 
 def formats(card: ModelCard) -> None:
     """Predicted bytes of the weight file in each storage format."""
-    with st.container(horizontal=True, vertical_alignment="center"):
-        st.header("What it would weigh", anchor=False, width="stretch")
-        export_menu(card.predicted, None, name="formats", key="formats")
+    card_head("What it would weigh", card.predicted, None, key="formats")
     same = st.toggle(
         "Quantize embedding and head too",
         key="outer",

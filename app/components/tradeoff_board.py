@@ -195,6 +195,16 @@ def _reading(scene: Scene) -> str:
     return " · ".join(parts)
 
 
+def nothing_picked() -> None:
+    """What the panel says before anything is picked."""
+    st.header("Variant", anchor=False)
+    with st.container(height="stretch", vertical_alignment="center", horizontal_alignment="center"):
+        st.markdown(
+            ":material/ads_click: :gray[Click a point or a table row to see one variant.]",
+            text_alignment="center",
+        )
+
+
 def limits_line(verdict: Verdict) -> None:
     """What the limits leave; when nothing, the closest variant with a button that shows it."""
     with st.container(horizontal=True, vertical_alignment="center"):

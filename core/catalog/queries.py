@@ -133,15 +133,22 @@ def bases(catalog: Catalog) -> pd.DataFrame:
 
 
 def newest(catalog: Catalog, *, limit: int) -> pd.DataFrame:
-    """The latest visible models, bases included, newest first: id, name, source."""
+    """The latest visible models, bases included, newest first.
+
+    Columns: id, name, source, bytes, bits_per_weight, proven, created_at.
+    """
+    columns = {
+        name: getattr(VariantRow, name)
+        for name in ("id", "name", "source", "bytes", "bits_per_weight", "proven", "created_at")
+    }
     query = (
-        select(VariantRow.id, VariantRow.name, VariantRow.source)
+        select(*columns.values())
         .where(VariantRow.hidden.is_(False))
         .order_by(VariantRow.created_at.desc(), VariantRow.id)
         .limit(limit)
     )
     with catalog.read() as session:
-        return pd.DataFrame(session.execute(query).all(), columns=["id", "name", "source"])
+        return pd.DataFrame(session.execute(query).all(), columns=list(columns))
 
 
 def lineage(catalog: Catalog, variant_id: str) -> tuple[Variant, ...]:
