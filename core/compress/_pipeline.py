@@ -18,7 +18,9 @@ from core.models.loaded import LoadedModel
 from core.numerics.sizes import bits_per_weight
 from core.recipe import Recipe, Step
 from core.registry import get
-from core.types import Documents, Metric, Progress, Result
+from core.types import Documents, Metric, Progress, Result, part_of
+
+_ERROR = ["relative_error", "sqnr_db"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,10 @@ def compress(
     Raises ``BadInput`` or ``CannotCompress`` where a step does not apply, ``ProofFailed`` (after removing ``folder``)
     where the files do not reload to the model that was saved.
     """
+    share = 0.5 / len(recipe.steps)
     with loaded.lock, torch.inference_mode():
         results = [
-            _step(loaded, step, calibration, _part(progress, index, len(recipe.steps)))
+            _step(loaded, step, calibration, part_of(progress, index * share, (index + 1) * share))
             for index, step in enumerate(recipe.steps)
         ]
         frame = _whole_recipe([result.frame for result in results])
@@ -55,7 +58,7 @@ def compress(
             provenance=_provenance(loaded, recipe, results),
         )
         try:
-            proof = prove(saved, loaded=loaded, expected=expected, progress=_tail(progress))
+            proof = prove(saved, loaded=loaded, expected=expected, progress=part_of(progress, 0.75, 1.0))
             if not proof.passed:
                 raise ProofFailed(f"{recipe.label()}: {proof.failure}; the files were removed")
             add_to_provenance(folder, proof=_timeless(asdict(proof)))
@@ -74,10 +77,13 @@ def _step(loaded: LoadedModel, step: Step, calibration: Documents | None, progre
 
 
 def _whole_recipe(frames: list[pd.DataFrame]) -> pd.DataFrame:
-    """The last step's table, with bytes before the first step and whatever any step touched."""
+    """The last step's table, with bytes before the first step, and the error of the last step that touched a tensor."""
     frame = frames[-1].copy()
     frame["bytes_before"] = frames[0]["bytes_before"]
-    frame["touched"] = pd.concat([f["touched"] for f in frames], axis=1).any(axis=1)
+    for earlier in reversed(frames[:-1]):
+        only = earlier["touched"] & ~frame["touched"]
+        frame.loc[only, _ERROR] = earlier.loc[only, _ERROR]
+        frame["touched"] |= only
     frame.loc[frame["touched"], "reason"] = ""
     return frame
 
@@ -92,7 +98,8 @@ def _combined(results: list[Result], frame: pd.DataFrame, saved: SavedFiles) -> 
     notes = [note for result in results for note in result.notes]
     if len(results) > 1:
         notes.append(
-            "Errors are of the last step against its own input; bytes before are those before the first step."
+            "A tensor's error is of the last step that touched it, against that step's input; bytes before are those "
+            "before the first step."
         )
     frames = {"main": frame, **{f"step_{i}": r.frame for i, r in enumerate(results[:-1], 1)}}
     seconds = sum(result.provenance.seconds for result in results)
@@ -121,17 +128,3 @@ def _provenance(loaded: LoadedModel, recipe: Recipe, results: list[Result]) -> d
 
 def _timeless(facts: dict[str, Any]) -> dict[str, Any]:
     return {name: fact for name, fact in facts.items() if not name.endswith("seconds")}
-
-
-def _part(progress: Progress, index: int, count: int) -> Progress:
-    def report(done: float, total: float, message: str) -> None:
-        progress(0.5 * (index + done / total) / count, 1.0, message)
-
-    return report
-
-
-def _tail(progress: Progress) -> Progress:
-    def report(done: float, total: float, message: str) -> None:
-        progress(0.75 + 0.25 * done / total, 1.0, message)
-
-    return report

@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from core.lazy import torch, transformers
-from core.models.anatomy import Anatomy, Block
 from core.models.loaded import LoadedModel
+from core.models.sizes import Component, block_of, component_of
 
-Component = Literal["embedding", "attention", "mlp", "experts", "router", "norm", "head", "other"]
 Layout = Literal["linear", "conv1d", "experts", "embedding", "none"]
 """How a parameter is multiplied: what decides whether and how it can be put on a grid."""
 KEPT: dict[Component, str] = {
     "router": "a router decides which expert runs: small and sensitive, kept",
     "norm": "a norm's vector: negligible size, kept",
-    "embedding": "a position or type embedding: small, kept",
+    "embedding": "an embedding other than the token table: small, kept",
 }
 
 
@@ -56,17 +55,16 @@ def tied_names(model: Any) -> dict[str, str]:
 
 
 def _target(loaded: LoadedModel, name: str, parameter: Any) -> Target:
-    anatomy = loaded.anatomy
-    block = next((b for b in anatomy.blocks if name.startswith(f"{b.path}.")), None)
-    owner = name.rpartition(".")[0]
-    layout = _layout(loaded.model.get_submodule(owner), name, parameter, block)
-    return Target(name, block.index if block else None, _component(anatomy, block, owner, parameter), layout)
+    block = block_of(loaded.anatomy, name)
+    component = component_of(loaded.anatomy, name)
+    layout = _layout(loaded.model.get_submodule(name.rpartition(".")[0]), name, parameter, component)
+    return Target(name, block.index if block else None, component, layout)
 
 
-def _layout(module: Any, name: str, parameter: Any, block: Block | None) -> Layout:
-    if block is not None and block.router is not None and _inside(name, block.router):
+def _layout(module: Any, name: str, parameter: Any, component: Component) -> Layout:
+    if component == "router":
         return "none"
-    if block is not None and block.experts is not None and _inside(name, block.experts):
+    if component == "experts":
         return "experts" if parameter.ndim == 3 else "none"
     if parameter.ndim != 2 or not name.endswith(".weight"):
         return "none"
@@ -75,23 +73,3 @@ def _layout(module: Any, name: str, parameter: Any, block: Block | None) -> Layo
     if isinstance(module, transformers.Conv1D):
         return "conv1d"
     return "embedding" if isinstance(module, torch.nn.Embedding) else "none"
-
-
-def _component(anatomy: Anatomy, block: Block | None, owner: str, parameter: Any) -> Component:
-    if block is None:
-        if _inside(owner, anatomy.embedding) or "embed" in owner:
-            return "embedding"
-        if anatomy.unembedding is not None and _inside(owner, anatomy.unembedding):
-            return "head"
-        return "norm" if parameter.ndim == 1 and "norm" in owner.lower() else "other"
-    if block.router is not None and _inside(owner, block.router):
-        return "router"
-    if block.experts is not None and _inside(owner, block.experts):
-        return "experts"
-    if _inside(owner, block.attention) or owner in (block.q, block.k, block.v, block.o):
-        return "attention"
-    return "norm" if parameter.ndim == 1 and owner in (block.attention_norm, block.mlp_norm) else "mlp"
-
-
-def _inside(name: str, path: str) -> bool:
-    return name == path or name.startswith(f"{path}.")

@@ -101,7 +101,7 @@ def component_sizes(loaded: LoadedModel) -> pd.DataFrame:
     anatomy = loaded.anatomy
     for name, parameter in loaded.model.named_parameters():
         module = name.rpartition(".")[0]
-        block = _block_of(anatomy, name)
+        block = block_of(anatomy, name)
         row = rows.setdefault(
             module,
             {
@@ -123,7 +123,7 @@ def component_sizes(loaded: LoadedModel) -> pd.DataFrame:
 
 def component_of(anatomy: Anatomy, parameter: str) -> Component:
     """The component a parameter belongs to, by its name in ``model.named_parameters()``."""
-    block = _block_of(anatomy, parameter)
+    block = block_of(anatomy, parameter)
     owner = parameter.rpartition(".")[0]
     if block is None:
         return _outer_component(anatomy, parameter, owner)
@@ -152,7 +152,8 @@ def _outer_component(anatomy: Anatomy, parameter: str, owner: str) -> Component:
     return "head" if any(path is not None and _inside(owner, path) for path in heads) else "other"
 
 
-def _block_of(anatomy: Anatomy, parameter: str) -> Block | None:
+def block_of(anatomy: Anatomy, parameter: str) -> Block | None:
+    """The block a parameter is in, by its name; None outside the blocks."""
     return next((block for block in anatomy.blocks if _inside(parameter, block.path)), None)
 
 
@@ -196,7 +197,8 @@ def predicted_bytes(loaded: LoadedModel) -> pd.DataFrame:
     """Bytes of the weight file in each storage format: format, embedding_and_head, bytes, bits_per_weight, note.
 
     An integer format puts the layers' matrices and experts on the grid, in ``same`` rows the embedding and head
-    too; in ``kept`` rows they stay as they are, like routers, norms and biases always do. A format whose group
+    too; in ``kept`` rows they stay as they are, like routers, norms and biases always do. Groups run along a
+    matrix's last axis as it is stored (a Conv1D's outputs), as ``core.compress.rtn`` lays them. A format whose group
     size does not divide a matrix has no bytes and a note that says which.
     """
     rows = []
@@ -223,7 +225,7 @@ def _predicted_row(loaded: LoadedModel, name: str, scheme: Scheme | None, outer:
         elif not _on_grid(loaded, parameter, shape, outer):
             entries[parameter] = Entry(DTYPE_NAMES[loaded.dtype], shape)
         else:
-            *lead, rows, columns = _input_last(loaded, parameter, shape)
+            *lead, rows, columns = shape
             if scheme.group_size and columns % scheme.group_size:
                 return {
                     **row,
@@ -246,9 +248,3 @@ def _on_grid(loaded: LoadedModel, parameter: str, shape: tuple[int, ...], outer:
             and len(shape) == 2
         )
     return len(shape) >= 2 and component in ("attention", "mlp", "experts", "shared_expert")
-
-
-def _input_last(loaded: LoadedModel, parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Groups run along a matrix's inputs; GPT-2's Conv1D stores them first."""
-    module = loaded.model.get_submodule(parameter.rpartition(".")[0])
-    return shape[::-1] if hasattr(module, "nf") else shape
