@@ -1,8 +1,9 @@
 """The loop on a catalog: register a base, make a proven variant, evaluate it, profile it, compare.
 
 The command line calls these functions directly and the job worker calls them from the queue, so both mean the
-same by a variant and by a number. Every number is taken from files reloaded from disk, and each function ends by
-writing one finished, immutable run: killed at any moment, it leaves either that run or nothing.
+same by a variant and by a number. Every number is taken from files reloaded from disk, and is entered as one finished,
+immutable run: killed at any moment, a function leaves whole runs or none, and no variant counts as proven before its
+proof is in the catalog.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,20 +22,9 @@ import pandas as pd
 from core.errors import BadInput, CannotOpen
 from core.journal import Journal
 from core.recipe import Recipe
+from core.recording import record
 from core.registry import Method, get
-from core.types import (
-    Measurement,
-    Metric,
-    ModelRef,
-    Progress,
-    Result,
-    Run,
-    RunKind,
-    Variant,
-    content_hash,
-    part_of,
-    silent,
-)
+from core.types import ModelRef, Progress, Run, Variant, part_of, silent
 
 if TYPE_CHECKING:
     from core.catalog.store import Catalog
@@ -94,10 +84,17 @@ def opened(catalog: Catalog, model: str, *, progress: Progress = silent) -> Load
 
 
 def register(catalog: Catalog, model: str, *, progress: Progress = silent) -> Variant:
-    """The catalog's entry of a model: looked up for ``variant:ID``, else opened, verified and entered as a base."""
+    """The catalog's entry of a model, found by its id or its files; a new one is opened, verified and entered as a base."""
+    from core.catalog.store import base_id
+    from core.models.checkpoint import fingerprint
+    from core.models.open import local_folder
+
     ref = ModelRef.parse(model)
     if ref.kind == "variant":
         return catalog.variant(ref.source.removeprefix("variant:"))
+    with suppress(BadInput):  # not entered yet
+        known = catalog.variant(base_id(fingerprint(local_folder(ref, progress=progress))))
+        return catalog.add_variant(known)  # visible again
     return _enter_base(catalog, opened(catalog, model, progress=progress))
 
 
@@ -143,10 +140,11 @@ def make_variant(
         proven=made.proof.passed,
         parents=(parent.id,),
     )
+    proved = datetime.now(UTC) - timedelta(seconds=made.proof.seconds)
     progress(0.97, 1.0, "entering the variant into the catalog")
     catalog.add_variant(replace(variant, proven=False))  # proven only once the proof is in the catalog too
-    _record(catalog, "compress", variant.id, made.result, started, layer_stats=made.result.frame)
-    proof = _record(catalog, "proof", variant.id, made.proof.as_result(), started)
+    record(catalog, "compress", variant.id, made.result, started, layer_stats=made.result.frame)
+    proof = record(catalog, "proof", variant.id, made.proof.as_result(), proved)
     return Made(catalog.add_variant(variant), proof, reused=False)
 
 
@@ -178,7 +176,7 @@ def evaluate_variant(
     model = base_model if variant.id == base.id else _reopened(catalog, variant, part_of(progress, 0.05, 0.1))
     journal = Journal(None if scratch is None else scratch / "documents.jsonl")
     result = chosen.run(base_model, model, texts, journal, part_of(progress, 0.1, 0.98), parsed)
-    return _record(catalog, "evaluate", variant.id, result, started)
+    return record(catalog, "evaluate", variant.id, result, started)
 
 
 def profile_variant(
@@ -190,6 +188,7 @@ def profile_variant(
     progress: Progress = silent,
 ) -> Run:
     """Measure speed and memory of a variant's files in a fresh process; ``settings`` values may be text."""
+    from core.models.checkpoint import fingerprint
     from core.models.open import local_folder
 
     variant = catalog.variant(variant_id)
@@ -198,9 +197,10 @@ def profile_variant(
     folder = local_folder(
         ModelRef.parse(variant.source), variant_folder=catalog.variant_folder, progress=progress
     )
+    _refuse_changed(variant, fingerprint(folder))
     started = datetime.now(UTC)
     result = chosen.run(folder, progress, parsed)
-    return _record(catalog, "profile", variant.id, result, started)
+    return record(catalog, "profile", variant.id, result, started)
 
 
 def compare(
@@ -258,7 +258,7 @@ def _enter_base(catalog: Catalog, loaded: LoadedModel) -> Variant:
     ref, card = loaded.ref, model_card(loaded)
     on_disk = ref.kind in ("folder", "gguf")
     return catalog.add_base(
-        str(Path(ref.source).expanduser().resolve()) if on_disk else str(ref),
+        ref.located,
         name=Path(ref.source).name if on_disk else str(ref),
         fingerprint=card.fingerprint,
         architecture=loaded.anatomy.architecture,
@@ -271,14 +271,18 @@ def _enter_base(catalog: Catalog, loaded: LoadedModel) -> Variant:
 
 
 def _reopened(catalog: Catalog, variant: Variant, progress: Progress) -> LoadedModel:
-    """A variant's model from its files; refuses a base whose files changed since it was entered."""
     loaded = opened(catalog, variant.source, progress=progress)
-    if loaded.fingerprint != variant.fingerprint:
+    _refuse_changed(variant, loaded.fingerprint)
+    return loaded
+
+
+def _refuse_changed(variant: Variant, fingerprint: str) -> None:
+    """A number belongs to the files that were entered; a base's may have changed where the user has them."""
+    if fingerprint != variant.fingerprint:
         raise CannotOpen(
             f"{variant.source} is not the model that was entered as {variant.id}: its files changed since; "
             "open it again to enter it as a base of its own"
         )
-    return loaded
 
 
 def _evaluation_of(variant: Variant) -> str:
@@ -291,57 +295,4 @@ def _settings(method: Method, values: Mapping[str, Any] | None) -> Any:
     """Settings from values that may be text (command line) or data (job spec)."""
     return method.parse_text(
         {k: v if isinstance(v, str) else json.dumps(v) for k, v in (values or {}).items()}
-    )
-
-
-def _record(
-    catalog: Catalog,
-    kind: RunKind,
-    variant_id: str,
-    result: Result,
-    started: datetime,
-    *,
-    layer_stats: pd.DataFrame | None = None,
-) -> Run:
-    """Write one finished run: its measurements, the environment behind them, and its frames."""
-    from core.catalog.store import new_id
-    from core.profile.environment import environment
-
-    source = result.provenance
-    facts = environment(source.device or "cpu")
-    conditions = {
-        "method": source.method,
-        "settings": dict(source.settings),
-        "inputs": dict(source.inputs),
-        "dtype": source.dtype,
-        "device": source.device,
-        **source.conditions,
-        "notes": list(result.notes),
-    }
-    run = Run(
-        id=new_id(),
-        kind=kind,
-        variant_id=variant_id,
-        status="flagged" if result.flags else "valid",
-        flags=result.flags,
-        protocol=source.protocol,
-        conditions=conditions,
-        environment=content_hash(facts),
-        started_at=started,
-        ended_at=datetime.now(UTC),
-        measurements=tuple(_measurement(metric) for metric in result.metrics),
-    )
-    return catalog.record_run(run, environment=facts, layer_stats=layer_stats, frames=result.frames)
-
-
-def _measurement(metric: Metric) -> Measurement:
-    return Measurement(
-        metric.name,
-        metric.value,
-        metric.unit,
-        metric.better,
-        metric.n,
-        metric.low,
-        metric.high,
-        metric.interval,
     )

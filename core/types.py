@@ -100,6 +100,13 @@ class ModelRef:
             return "gguf"
         return "folder" if looks_local(self.source) else "hub"
 
+    @property
+    def located(self) -> str:
+        """The model syntax that means the same in any process: a local path made absolute."""
+        if self.kind in ("folder", "gguf"):
+            return str(Path(self.source).expanduser().resolve())
+        return str(self)
+
     def __str__(self) -> str:
         return f"{self.source}@{self.revision}" if self.revision else self.source
 

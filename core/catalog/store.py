@@ -50,7 +50,14 @@ from core.types import Family, Run, Variant, content_hash
 
 HEADLINE_KINDS = frozenset({"evaluate", "profile"})
 """Runs whose numbers compare variants; what compressing and proving cost is read run by run."""
-__all__ = ["Catalog", "new_id"]
+_RENEWED = ("source", "artifact", "format", "fingerprint", "bytes", "bits_per_weight", "proven")
+"""What a variant that is made again may get anew; its id, base and recipe are what it is."""
+__all__ = ["Catalog", "base_id", "new_id"]
+
+
+def base_id(fingerprint: str) -> str:
+    """The id of the base whose files have this fingerprint: 12 hex digits."""
+    return content_hash(["base", fingerprint])[:12]
 
 
 class Catalog(Database):
@@ -77,7 +84,7 @@ class Catalog(Database):
         format: str,
     ) -> Variant:
         """Enter a model as it came; its id is its fingerprint's, so the same model is entered once."""
-        id_ = content_hash(["base", fingerprint])[:12]
+        id_ = base_id(fingerprint)
         return self.add_variant(
             Variant(
                 id=id_,
@@ -118,12 +125,8 @@ class Catalog(Database):
             else:
                 known.hidden = False
                 if not known.proven or known.artifact is None:
-                    known.source, known.artifact, known.bytes = (
-                        variant.source,
-                        variant.artifact,
-                        variant.bytes,
-                    )
-                    known.bits_per_weight, known.proven = variant.bits_per_weight, variant.proven
+                    for name in _RENEWED:
+                        setattr(known, name, getattr(variant, name))
         return self.variant(variant.id)
 
     def variant(self, id_: str) -> Variant:

@@ -39,7 +39,7 @@ def submit_variant(
     defaults. The same recipe still waiting or running is returned as it is, not queued twice. All jobs share a
     group. Raises ``BadInput`` for a model, method or settings that cannot be.
     """
-    source = str(ModelRef.parse(model))
+    source = ModelRef.parse(model).located  # the worker runs in another folder
     quality, speed = _evaluation(evaluate), _profiling(profile)
     written = json.loads(recipe.canonical())
     waiting = _active(queue, source)

@@ -1,0 +1,42 @@
+"""The loop on a catalog: a number belongs to the files that were entered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from core.catalog.store import Catalog
+from core.errors import CannotOpen
+from core.loop import evaluate_variant, profile_variant, register
+from core.models.checkpoint import fingerprint
+from core.types import ModelRef
+from tests.tiny import tiny_folder
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    return Catalog(f"sqlite:///{tmp_path / 'catalog.sqlite'}")
+
+
+def test_a_base_is_entered_once_and_found_by_its_files(catalog: Catalog, tmp_path: Path) -> None:
+    folder = tiny_folder("llama", tmp_path / "model")
+    entered = register(catalog, str(folder))
+    assert entered.fingerprint == fingerprint(folder)
+    assert entered.source == ModelRef(str(folder)).located
+    catalog.hide_variant(entered.id)
+    assert register(catalog, str(folder)) == entered
+    assert catalog.variants() == [entered]  # visible again
+
+
+def test_a_base_whose_files_changed_is_not_measured(catalog: Catalog, tmp_path: Path) -> None:
+    folder = tiny_folder("llama", tmp_path / "model")
+    entered = register(catalog, str(folder))
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    for measure in (profile_variant, evaluate_variant):
+        with pytest.raises(CannotOpen, match="its files changed since"):
+            measure(catalog, entered.id)
+    assert catalog.runs(entered.id) == []
