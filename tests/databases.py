@@ -11,7 +11,9 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import create_engine, make_url
 
-KINDS = ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
+SERVER = os.environ.get("SLIMSCOPE_TEST_POSTGRES")
+KINDS = ["sqlite", *([pytest.param("postgres", marks=pytest.mark.postgres)] if SERVER else [])]
+"""PostgreSQL only where there is one; ``test_postgres_is_tested_where_there_is_one`` says when there is none."""
 
 
 @contextmanager
@@ -20,15 +22,13 @@ def fresh_url(kind: str, folder: Path) -> Iterator[str]:
     if kind == "sqlite":
         yield f"sqlite:///{folder / 'catalog.sqlite'}"
         return
-    server = os.environ.get("SLIMSCOPE_TEST_POSTGRES")
-    if not server:
-        pytest.skip("SLIMSCOPE_TEST_POSTGRES names no server")
+    assert SERVER, "a PostgreSQL test without a server"
     name = f"slimscope_test_{uuid4().hex[:12]}"
-    admin = create_engine(server, isolation_level="AUTOCOMMIT")
+    admin = create_engine(SERVER, isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
         connection.exec_driver_sql(f"CREATE DATABASE {name}")
     try:
-        yield make_url(server).set(database=name).render_as_string(hide_password=False)
+        yield make_url(SERVER).set(database=name).render_as_string(hide_password=False)
     finally:
         with admin.connect() as connection:
             connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")

@@ -51,6 +51,11 @@ class Database:
             else:
                 bring_up_to_date(self._parsed, self._engine)
         self._writer = self._engine.execution_options(writes=True)
+        sqlite = file is not None
+        # PostgreSQL would show each statement of a read its own moment; SQLite shows a transaction one.
+        self._reader = (
+            self._engine if sqlite else self._engine.execution_options(isolation_level="REPEATABLE READ")
+        )
 
     def close(self) -> None:
         """Give the connections back; the catalog opens new ones when used again."""
@@ -59,7 +64,7 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A consistent view for reading."""
-        with explained(self._parsed), Session(self._engine) as session:
+        with explained(self._parsed), Session(self._reader) as session:
             yield session
 
     @contextmanager
