@@ -141,9 +141,10 @@ class _Recorder:
         self.ends: dict[Phase, PhaseEnd] = {}
 
     def once(self, phase: Phase, step: Callable[[], None]) -> None:
-        """Time something that can happen only once in a process; by wall clock, since no device is up yet."""
+        """Time something that can happen only once in a process; by wall clock, since no device is up at its start."""
         series, meter, start = _Series(phase), ContentionMeter(), time.perf_counter()
         step()
+        self._clock.resolve([])  # a GPU may still be at work when the call returns
         series.values_ms.append((time.perf_counter() - start) * 1e3)
         self._finish(series, meter)
 
