@@ -19,9 +19,14 @@ class Journal:
     def __init__(self, file: Path | None = None) -> None:
         self._file = file
         self._parts: dict[str, dict[str, Any]] = {}
+        self._begin = ""
         if file is not None and file.exists():
-            for line in file.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # cut short by a crash
+            text = file.read_text(encoding="utf-8")
+            self._begin = (
+                "\n" if text and not text.endswith("\n") else ""
+            )  # after a line that a crash cut short
+            for line in text.splitlines():
+                with suppress(ValueError):
                     part = json.loads(line)
                     self._parts[part["key"]] = part["value"]
 
@@ -37,8 +42,8 @@ class Journal:
         self._parts[key] = value
         if self._file is None:
             return
-        torn = self._file.exists() and not self._file.read_bytes().endswith(b"\n")
         with self._file.open("a", encoding="utf-8") as file:
-            file.write(("\n" if torn else "") + json.dumps({"key": key, "value": value}) + "\n")
+            file.write(self._begin + json.dumps({"key": key, "value": value}) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self._begin = ""
