@@ -53,6 +53,14 @@ def family(pid: int) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
+def command_line(process: psutil.Process) -> str:
+    """What a process was started with; nothing if it has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def ended(process: psutil.Process) -> bool:
     """Whether this very process runs no more (one that only waits to be reaped does not)."""
     try:

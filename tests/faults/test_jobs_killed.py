@@ -20,6 +20,7 @@ from tests.faults.conftest import (
     RTN,
     SPEED,
     assert_whole,
+    command_line,
     ended,
     family,
     half_written,
@@ -57,7 +58,7 @@ class Held:
         Returns the command lines of the processes that it had started.
         """
         processes = self.reached(job, attempt)
-        commands = [" ".join(process.cmdline()) for process in processes[1:]]
+        commands = [command_line(process) for process in processes[1:]]
         os.kill(processes[0].pid, signal.SIGKILL)
         until(lambda: all(ended(process) for process in processes))
         until(lambda: self.engine.queue.job(job.id).state != "running" or self.attempt(job) > attempt)

@@ -22,7 +22,7 @@ from core.errors import WorkerDied
 from core.inspector import Inspector
 from core.jobs.lock import supervisor_pid
 from core.types import ModelRef, Prompt
-from tests.faults.conftest import ROOT, RTN, assert_whole, ended
+from tests.faults.conftest import ROOT, RTN, assert_whole, command_line, ended
 from tests.jobs.conftest import Engine, until
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -118,7 +118,7 @@ def test_a_dashboard_killed_in_the_middle(
 
             def inspectors() -> list[psutil.Process]:
                 children = psutil.Process(server.pid).children(recursive=True)
-                return [child for child in children if "core.inspector.child" in " ".join(child.cmdline())]
+                return [child for child in children if "core.inspector.child" in command_line(child)]
 
             until(inspectors)
             (inspector,) = inspectors()
