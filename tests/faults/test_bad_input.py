@@ -126,9 +126,7 @@ def test_an_unknown_hub_id_offline(refused: Refusal, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     line = refused("open", "nobody/nothing-at-all")
-    assert_says(
-        line, "nobody/nothing-at-all is not in the local hub cache", "give a local folder or a demo model"
-    )
+    assert_says(line, "nobody/nothing-at-all is not in the local hub cache", "go online once")
 
 
 def test_an_unknown_variant(refused: Refusal) -> None:
