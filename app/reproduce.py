@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from core.recipe import Recipe
 from core.registry import Method, Settings
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -52,6 +53,24 @@ def probe_script(method: Method, source: str, folder: str, text: str, settings: 
     constants = {"MODEL": folder, "TEXT": text}
     constants |= {name.upper(): value for name, value in settings.model_dump(mode="json").items()}
     return with_constants(path.read_text(encoding="utf-8"), constants)
+
+
+def recipe_command(recipe: Recipe, source: str) -> str:
+    """The ``slimscope`` lines that make the recipe's variant of ``source``."""
+    text = recipe.canonical()
+    return f"cat > recipe.json <<'JSON'\n{text}\nJSON\n{shlex.join(['slimscope', 'run', 'recipe.json', '--model', source, '--json'])}"
+
+
+def recipe_script(recipe: Recipe, folder: str) -> str:
+    """What every step does to the weights, in plain torch: one script per step."""
+    return "\n\n".join(
+        with_constants(
+            (SCRIPTS / f"{step.method}.py").read_text(encoding="utf-8"),
+            {"MODEL": folder, **{name.upper(): value for name, value in step.settings.items()}},
+        )
+        for step in recipe.steps
+        if (SCRIPTS / f"{step.method}.py").is_file()
+    )
 
 
 def with_constants(script: str, constants: Mapping[str, Any]) -> str:

@@ -194,6 +194,15 @@ def moe_line(anatomy: Anatomy) -> str:
     return f"{anatomy.n_experts} experts, {anatomy.experts_per_token} per token"
 
 
+def windows_line(anatomy: Anatomy) -> str:
+    """Sliding windows in words."""
+    windows = [window for window in anatomy.windows if window is not None]
+    if not windows:
+        return "full attention"
+    sizes = " and ".join(f"{size:,}" for size in sorted(set(windows)))
+    return f"sliding window of {sizes} tokens in {len(windows)} of {anatomy.n_layers} layers"
+
+
 @dataclass(frozen=True)
 class CacheAt:
     """The KV cache at one context, and along all of them (columns context, megabytes)."""

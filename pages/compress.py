@@ -12,6 +12,7 @@ from app.components.job_card import live_jobs
 from app.components.recipe_editor import PRESETS, recipe_editor
 from app.components.waiting import settled
 from app.compress_views import predicted_bytes
+from app.reproduce import recipe_command, recipe_script
 from app.text import esc
 from core.errors import SlimscopeError
 from core.jobs.plan import submit_variant
@@ -52,14 +53,7 @@ def size_line(card: ModelCard, recipe: Recipe) -> str:
     return f"About {fmt.size(nbytes)}, {nbytes / (card.parameters * 4):.0%} of float32"
 
 
-reproduce = Reproduction(
-    "from core.catalog.store import Catalog\nfrom core.jobs.plan import submit_variant\n"
-    "from core.jobs.queue import Queue\nfrom core.recipe import Recipe\n\n"
-    'recipe = Recipe.of("rtn", bits=8, group_size="channel", scheme="symmetric")\n'
-    f"submit_variant(Queue(Catalog()), model={model!r}, recipe=recipe)",
-    f"slimscope compress rtn --model {model} --set bits=8 --set group_size=channel --set scheme=symmetric --json",
-)
-heading("Compress", about=ABOUT, reproduce=reproduce)
+top = st.container()
 st.caption(
     f"Of {esc(model)}, chosen on the left. Each button makes, proves, evaluates and profiles a variant."
 )
@@ -68,6 +62,8 @@ st.caption(
 try:
     opening = engine.open_model(model)
 except SlimscopeError as error:
+    with top:
+        heading("Compress", about=ABOUT)
     error_card(error, key="compress_source")
     st.stop()
 cards = st.grid(4, min_column_width=200)
@@ -140,6 +136,10 @@ with st.container(border=True):
 # --- predicted sizes, as soon as the model is open ------------------------------------------------------
 with opening_slot:
     card = settled(opening, key="open")
+with top:
+    shown = recipe or PRESETS[0].recipe
+    script = recipe_script(shown, card.folder if card else model)
+    heading("Compress", about=ABOUT, reproduce=Reproduction(script, recipe_command(shown, model)))
 if card is not None:
     for preset in PRESETS:
         slots[preset.id].caption(size_line(card, preset.recipe))

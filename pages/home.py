@@ -68,10 +68,12 @@ with left.container(border=True, height="stretch"):
             height="content",
             column_config={
                 "variant": st.column_config.TextColumn("Variant", pinned=True),
-                "name": "Name",
+                "name": st.column_config.TextColumn("Name", width=190),
                 "size": "Size",
                 "bits_per_weight": st.column_config.NumberColumn("Bits per weight", format="%.2f"),
-                "proven": st.column_config.CheckboxColumn("Reload proven"),
+                "proven": st.column_config.CheckboxColumn(
+                    "Proven", help="Reloaded in a fresh process", width=70
+                ),
                 "made": "Made",
             },
             alt="The newest variants with size and proof",

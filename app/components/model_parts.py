@@ -9,9 +9,8 @@ import streamlit as st
 from app import format
 from app.charts import PADDING
 from app.components.card_head import card_head
-from app.components.export_menu import export_menu
 from app.text import esc
-from app.views import component_totals, heads_line, kv_at, moe_line
+from app.views import component_totals, heads_line, kv_at, moe_line, windows_line
 from core.models.sizes import ModelCard
 
 CACHE_DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -39,7 +38,7 @@ def facts(card: ModelCard) -> None:
     st.caption(
         esc(
             f"{anatomy.architecture} · {card.family} · context {anatomy.context_length:,} · "
-            f"{moe_line(anatomy)} · {card.device} · fingerprint {card.fingerprint[:12]}"
+            f"{moe_line(anatomy)} · {windows_line(anatomy)} · {card.device} · fingerprint {card.fingerprint[:12]}"
         )
     )
 
@@ -52,7 +51,7 @@ def components(card: ModelCard) -> None:
         .mark_bar(cornerRadiusEnd=2)
         .encode(
             y=alt.Y("component:N", sort=None, title=None, axis=alt.Axis(ticks=False, domain=False)),
-            x=alt.X("megabytes:Q", title="MB"),
+            x=alt.X("megabytes:Q", title="MB", axis=alt.Axis(tickCount=6)),
             tooltip=[
                 alt.Tooltip("component", title="Component"),
                 alt.Tooltip("parameters", title="Parameters", format=",d"),
@@ -123,10 +122,11 @@ def formats(card: ModelCard) -> None:
 
 def kv_cache(card: ModelCard) -> None:
     """What the cache costs per token and at a chosen context."""
-    st.header("KV cache", anchor=False)
     if card.kv_cache.empty:
+        st.header("KV cache", anchor=False)
         st.markdown(":gray[This model reads its whole input at once and keeps no cache.]")
         return
+    head = st.container()
     limit = card.anatomy.context_length
     context = st.slider("Context (tokens)", 1, limit, min(2048, limit), key="context", bind="query-params")
     dtype = st.segmented_control(
@@ -152,9 +152,9 @@ def kv_cache(card: ModelCard) -> None:
     rule = alt.Chart(weights).mark_rule(strokeDash=[5, 3], color="#8A93A6").encode(y="megabytes:Q")
     drawn = (chart + rule).properties(height=150, padding=PADDING)
     st.altair_chart(drawn, key="kv_chart", alt="Cache bytes against context; the dashed line is the weights")
-    with st.container(horizontal=True, vertical_alignment="center"):
-        st.caption("Batch 1. The dashed line is the weights as they are held now.", width="stretch")
-        export_menu(at.curve, chart, name="kv_cache", key="kv")
+    st.caption("Batch 1. The dashed line is the weights as they are held now.")
+    with head:
+        card_head("KV cache", at.curve, chart, key="kv")
 
 
 def verified(card: ModelCard) -> str:

@@ -15,15 +15,19 @@ from core.errors import SlimscopeError
 if TYPE_CHECKING:
     from core.inspector import Ticket, TicketProgress
 
-INLINE_WAIT_S = 1.0
-"""A warm call is answered within this, and then the page is drawn in one go instead of twice."""
-POLL_S = 0.5
+INLINE_WAIT_S = 0.8
+"""An unknown call may be answered within this, and then the page is drawn in one go instead of twice."""
+PATIENCE_S = 1.8
+"""The same for a call that took less than this the last time."""
+POLL_S = 0.25
 
 
 def settled(call: Call, *, key: str) -> Any | None:
     """The call's result, or None after drawing its progress or its error; the page reruns when the call ends."""
+    took = call.ticket.progress.estimate_s
+    patience = PATIENCE_S if took is not None and took < PATIENCE_S else INLINE_WAIT_S
     try:
-        return call.ticket.result(timeout=INLINE_WAIT_S)
+        return call.ticket.result(timeout=patience)
     except TimeoutError:
         st.fragment(lambda: _progress(call.ticket, call.expected_s), run_every=POLL_S)()
     except SlimscopeError as error:

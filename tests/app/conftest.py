@@ -36,6 +36,7 @@ def opened(tmp_path_factory) -> Iterator[Opened]:
         patch.delenv("SLIMSCOPE_CATALOG", raising=False)
         patch.setenv("STREAMLIT_CLIENT_SHOW_ERROR_DETAILS", "full")
         patch.setattr("app.components.waiting.INLINE_WAIT_S", 60.0)
+        patch.setattr("app.components.waiting.PATIENCE_S", 60.0)
 
         def run(page: str, **query: str) -> AppTest:
             app = AppTest.from_file(str(MAIN), default_timeout=90)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 
 from core.registry import methods
@@ -91,6 +94,38 @@ def test_reproduce_names_model_text_and_changed_settings(opened, tiny_llama):
 def test_what_cannot_be_opened_is_one_card_with_one_sentence(opened, page, model, words):
     app = opened(page, model=model)
     assert any(words in plain(said.value) for said in app.markdown)
+
+
+def test_broken_files_are_one_card_that_says_what_is_wrong(opened, tiny_llama, tmp_path):
+    corrupt = shutil.copytree(tiny_llama, tmp_path / "corrupt")
+    for file in corrupt.glob("*.safetensors"):
+        file.write_bytes(b"\x00" * 64)
+    unknown = shutil.copytree(tiny_llama, tmp_path / "unknown")
+    config = json.loads((unknown / "config.json").read_text())
+    (unknown / "config.json").write_text(json.dumps(config | {"model_type": "martian"}))
+    truncated = tmp_path / "cut.gguf"
+    truncated.write_bytes(b"GGUF\x03\x00\x00\x00")
+    for source, words in ((corrupt, "safetensors"), (unknown, "martian"), (truncated, "cut.gguf")):
+        app = opened("model", model=str(source))
+        said = [plain(said.value) for said in app.markdown]
+        assert any("cannot be opened" in line or "not understood" in line for line in said), said
+        assert any(words in line for line in said), said
+        assert not any("Traceback" in line for line in said)
+
+
+def test_an_empty_prompt_is_refused_in_a_sentence(opened, tiny_llama):
+    app = opened("inspect", model=str(tiny_llama), text=" ")
+    assert any("prompt" in plain(said.value).lower() for said in app.markdown), [
+        m.value for m in app.markdown
+    ]
+
+
+@pytest.mark.parametrize(("family", "words"), [("mixtral", "experts,"), ("gemma2", "sliding window")])
+def test_model_tells_experts_and_windows(opened, tmp_path, family, words):
+    from tests.tiny import tiny_folder
+
+    app = opened("model", model=str(tiny_folder(family, tmp_path)))
+    assert any(words in plain(caption.value) for caption in app.caption), [c.value for c in app.caption]
 
 
 def test_hostile_names_stay_text(opened):

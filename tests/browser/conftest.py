@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from core.catalog.store import Catalog
 from core.jobs.lock import supervisor_pid
+from tests.synthetic import fill
 
 playwright = pytest.importorskip("playwright.sync_api")
 
@@ -76,6 +78,13 @@ def server(tmp_path_factory) -> Iterator[Server]:
         daemon = supervisor_pid(f"sqlite:///{home / 'catalog.sqlite'}")
         if daemon is not None:
             os.kill(daemon, signal.SIGTERM)
+
+
+@pytest.fixture(scope="session")
+def tradeoffs(server) -> str:
+    """The address of Trade-offs on a base with twenty invented variants."""
+    base = fill(Catalog(f"sqlite:///{server.home / 'catalog.sqlite'}"), 20)
+    return f"{server.url}/tradeoffs?base={base.id}"
 
 
 @pytest.fixture(scope="session")

@@ -128,10 +128,17 @@ def test_a_killed_inspector_is_an_error_card_and_a_new_try(page, server, model):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_of_ours(page, server, model, scheme):
+def test_axe_finds_nothing_of_ours(page, server, model, tradeoffs, scheme):
     page.emulate_media(color_scheme=scheme)
     found = {}
-    for path in ("/", f"/model?model={model}", f"/inspect?model={model}&text=one+two&cell=1~1"):
+    for path in (
+        "/",
+        f"/model?model={model}",
+        f"/inspect?model={model}&text=one+two&cell=1~1",
+        f"/compress?model={model}",
+        tradeoffs.removeprefix(server.url),
+        "/jobs",
+    ):
         page.goto(server.url + path)
         ready(page)
         # Through the driver, not as a <script> tag: the page's policy would refuse that, as it should.

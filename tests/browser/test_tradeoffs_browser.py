@@ -7,18 +7,8 @@ import re
 import pytest
 from playwright.sync_api import Page, expect
 
-from core.catalog.store import Catalog
-from tests.synthetic import fill
-
 pytestmark = pytest.mark.browser
 CHART = '[class*="st-key-front_"] svg.marks'
-
-
-@pytest.fixture(scope="module")
-def tradeoffs(server) -> str:
-    catalog = Catalog(f"sqlite:///{server.home / 'catalog.sqlite'}")
-    base = fill(catalog, 20)
-    return f"{server.url}/tradeoffs?base={base.id}"
 
 
 def ready(page: Page) -> None:
