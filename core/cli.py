@@ -10,22 +10,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
 
 from core.errors import BadInput, Cancelled, SlimscopeError, refused_by_system
-from core.types import Measurement, Metric, Progress, Prompt, Result
+from core.output import human, plain, terminal_progress
+from core.profile.protocol import EFFORTS
+from core.registry import PACKAGES
+from core.types import Prompt
 
 DEFAULT_TEXT = "The quick brown fox jumps over the lazy dog. The quick brown fox jumps over the"
-
 
 COMPARE_SHOWN = [
     *("variant", "name", "bytes", "bits_per_weight", "kl", "kl_low", "kl_high", "bits_per_byte"),
@@ -40,25 +40,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.catalog:
         # In the environment, because supervisor, workers and the inspector must use the same one.
         os.environ["SLIMSCOPE_CATALOG"] = as_url(args.catalog)
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    signal.signal(signal.SIGTERM, _interrupted)
     try:
         # Libraries print; stdout belongs to the answer alone.
         with contextlib.redirect_stdout(sys.stderr):
             answer = args.command(args)
+        if answer is not None:
+            text = (
+                json.dumps(plain(answer), ensure_ascii=False, allow_nan=False) if args.json else human(answer)
+            )
+            print(text, flush=True)
     except SlimscopeError as error:
         print(f"slimscope: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Cancelled):
         print("slimscope: stopped; what was finished is in the catalog", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError:  # whoever read our answer has seen enough; nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         print(f"slimscope: {refused_by_system(error)}", file=sys.stderr)
         return 1
-    if answer is not None:
-        print(json.dumps(plain(answer), ensure_ascii=False, allow_nan=False) if args.json else human(answer))
     return 0
+
+
+def _interrupted(*_: object) -> NoReturn:
+    """SIGTERM ends a command as Ctrl-C does: gently, with its temporary files removed."""
+    raise KeyboardInterrupt
 
 
 def as_url(catalog: str) -> str:
@@ -74,12 +83,12 @@ def command_open(args: argparse.Namespace) -> Any:
     from core.loop import opened
     from core.models.sizes import model_card
 
-    return model_card(opened(_catalog(args), args.model, progress=terminal_progress()))
+    return model_card(opened(_catalog(), args.model, progress=terminal_progress()))
 
 
 def command_methods(args: argparse.Namespace) -> Any:
     """List every method with its settings."""
-    from core.registry import PACKAGES, methods
+    from core.registry import methods
 
     kinds = [args.kind] if args.kind else list(PACKAGES)
     found = [method.describe() for kind in kinds for method in methods(kind).values()]
@@ -93,7 +102,7 @@ def command_probe(args: argparse.Namespace) -> Any:
 
     method = get("probe", args.method)
     settings = method.parse_text(pairs(args.set))
-    loaded = opened(_catalog(args), args.model, progress=terminal_progress())
+    loaded = opened(_catalog(), args.model, progress=terminal_progress())
     method.refuse_if(loaded.missing_needs(method.needs), args.model)
     return method.run(loaded, Prompt(args.text, args.second), settings)
 
@@ -107,7 +116,7 @@ def command_compress(args: argparse.Namespace) -> Any:
     settings = get("compress", args.method).parse_text(pairs(args.set))
     recipe = Recipe.of(args.method, **settings.model_dump(mode="json"))
     made = make_variant(
-        _catalog(args), args.model, recipe, calibration=args.calibration, progress=terminal_progress()
+        _catalog(), args.model, recipe, calibration=args.calibration, progress=terminal_progress()
     )
     return made.summary()
 
@@ -117,7 +126,7 @@ def command_run(args: argparse.Namespace) -> Any:
     from core.loop import evaluate_variant, make_variant, profile_variant
     from core.recipe import Recipe
 
-    catalog, recipe = _catalog(args), Recipe.read(Path(args.recipe))
+    catalog, recipe = _catalog(), Recipe.read(Path(args.recipe))
     progress = terminal_progress()
     made = make_variant(catalog, args.model, recipe, calibration=args.calibration, progress=progress)
     ids = [made.variant.base_id, made.variant.id] if args.with_base else [made.variant.id]
@@ -137,7 +146,7 @@ def command_evaluate(args: argparse.Namespace) -> Any:
     """Measure a variant's quality against its base, reloaded from its artifact."""
     from core.loop import evaluate_variant, register
 
-    catalog = _catalog(args)
+    catalog = _catalog()
     variant = register(catalog, args.model, progress=terminal_progress())
     return evaluate_variant(
         catalog,
@@ -153,7 +162,7 @@ def command_profile(args: argparse.Namespace) -> Any:
     """Measure a variant's speed and memory in a fresh process."""
     from core.loop import profile_variant, register
 
-    catalog = _catalog(args)
+    catalog = _catalog()
     variant = register(catalog, args.model, progress=terminal_progress())
     settings = {**({"tier": args.tier} if args.tier else {}), **pairs(args.set)}
     return profile_variant(
@@ -165,7 +174,7 @@ def command_compare(args: argparse.Namespace) -> Any:
     """One row per variant: size, quality, speed, proof, and whether it is on the front."""
     from core.loop import compare
 
-    rows = compare(_catalog(args), base=args.base, objective=args.x, quality=args.y)
+    rows = compare(_catalog(), base=args.base, objective=args.x, quality=args.y)
     return rows if args.json else rows.reindex(columns=COMPARE_SHOWN)
 
 
@@ -173,7 +182,7 @@ def command_jobs(args: argparse.Namespace) -> Any:
     """List jobs, or cancel, retry or show one."""
     from core.jobs.queue import Queue
 
-    queue = Queue(_catalog(args))
+    queue = Queue(_catalog())
     if args.action == "list":
         jobs = queue.jobs(limit=args.limit)
         shown = ("id", "kind", "state", "attempt", "message", "error")
@@ -224,59 +233,60 @@ def build_parser() -> argparse.ArgumentParser:
         parser.set_defaults(command=run)
         return parser
 
-    def takes_model(parser: argparse.ArgumentParser, name: str) -> None:
-        text = "demo:NAME, variant:ID, a folder, a .gguf file, or a hub id with optional @revision"
-        required = {} if name == "model" else {"required": True}
-        parser.add_argument(name, metavar="MODEL", help=text, **required)  # type: ignore[arg-type]
+    _add_looking(add)
+    _add_making(add)
+    _add_measuring(add)
+    _add_keeping(add)
+    return top
 
-    def takes_text(parser: argparse.ArgumentParser, *names: str) -> None:
-        text = "pydoc, a .txt or .jsonl file, or hub:ID (default: %(default)s)"
-        for name in names:
-            parser.add_argument(name, default="pydoc", metavar="SOURCE", help=text)
 
-    def takes_settings(parser: argparse.ArgumentParser, name: str = "--set", of: str = "method") -> None:
-        text = f"a setting of the {of}; repeatable (see `slimscope methods`)"
-        parser.add_argument(name, action="append", default=[], metavar="KEY=VALUE", help=text)
+Add = Callable[[str, Callable[[argparse.Namespace], Any]], argparse.ArgumentParser]
 
-    takes_model(add("open", command_open), "model")
+
+def _add_looking(add: Add) -> None:
+    _takes_model(add("open", command_open), "model")
     parser = add("methods", command_methods)
-    parser.add_argument(
-        "--kind", choices=["probe", "compress", "evaluate", "profile"], help="only methods of this kind"
-    )
+    parser.add_argument("--kind", choices=list(PACKAGES), help="only methods of this kind")
     parser = add("probe", command_probe)
     parser.add_argument("method", help="id of a probe, e.g. logit_lens")
-    takes_model(parser, "--model")
+    _takes_model(parser, "--model")
     parser.add_argument("--text", default=DEFAULT_TEXT, help="the prompt")
     parser.add_argument("--second", help="second text of a pair, for encoders")
-    takes_settings(parser)
+    _takes_settings(parser)
+
+
+def _add_making(add: Add) -> None:
     parser = add("compress", command_compress)
     parser.add_argument("method", help="id of a compress method, e.g. rtn")
-    takes_model(parser, "--model")
-    takes_settings(parser)
-    takes_text(parser, "--calibration")
+    _takes_model(parser, "--model")
+    _takes_settings(parser)
+    _takes_text(parser, "--calibration")
     parser = add("run", command_run)
     parser.add_argument("recipe", help="a recipe file (JSON)")
-    takes_model(parser, "--model")
-    takes_text(parser, "--calibration", "--documents")
+    _takes_model(parser, "--model")
+    _takes_text(parser, "--calibration", "--documents")
     parser.add_argument(
         "--tier",
         default="rapid",
-        choices=["rapid", "quick", "full"],
+        choices=list(EFFORTS),
         help="how long to measure speed (default: %(default)s)",
     )
-    takes_settings(parser, "--evaluate-set", of="evaluation")
-    takes_settings(parser, "--profile-set", of="profile")
+    _takes_settings(parser, "--evaluate-set", of="evaluation")
+    _takes_settings(parser, "--profile-set", of="profile")
     parser.add_argument("--with-base", action="store_true", help="measure the base too, in the same session")
+
+
+def _add_measuring(add: Add) -> None:
     parser = add("evaluate", command_evaluate)
-    takes_model(parser, "model")
+    _takes_model(parser, "model")
     parser.add_argument("--method", help="id of an evaluation (default: by model family)")
-    takes_text(parser, "--documents")
-    takes_settings(parser)
+    _takes_text(parser, "--documents")
+    _takes_settings(parser)
     parser = add("profile", command_profile)
-    takes_model(parser, "model")
+    _takes_model(parser, "model")
     parser.add_argument("--runtime", default="torch_eager", help="id of a runtime (default: %(default)s)")
-    parser.add_argument("--tier", choices=["rapid", "quick", "full"], help="how long to measure")
-    takes_settings(parser)
+    parser.add_argument("--tier", choices=list(EFFORTS), help="how long to measure")
+    _takes_settings(parser)
     parser = add("compare", command_compare)
     parser.add_argument(
         "--base", metavar="MODEL", help="only variants of this base: its id or how it was opened"
@@ -285,6 +295,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--y", default=None, help="quality axis of the front (default: kl, or cosine_agreement for encoders)"
     )
+
+
+def _add_keeping(add: Add) -> None:
     parser = add("jobs", command_jobs)
     parser.add_argument("action", nargs="?", default="list", choices=["list", "show", "cancel", "retry"])
     parser.add_argument("job", nargs="?", help="id of a job")
@@ -296,7 +309,23 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser window")
     parser.add_argument("--port", type=int, default=8501, help="port (default: %(default)s)")
-    return top
+
+
+def _takes_model(parser: argparse.ArgumentParser, name: str) -> None:
+    text = "demo:NAME, variant:ID, a folder, a .gguf file, or a hub id with optional @revision"
+    required = {} if name == "model" else {"required": True}
+    parser.add_argument(name, metavar="MODEL", help=text, **required)  # type: ignore[arg-type]
+
+
+def _takes_text(parser: argparse.ArgumentParser, *names: str) -> None:
+    text = "pydoc, a .txt or .jsonl file, or hub:ID (default: %(default)s)"
+    for name in names:
+        parser.add_argument(name, default="pydoc", metavar="SOURCE", help=text)
+
+
+def _takes_settings(parser: argparse.ArgumentParser, name: str = "--set", of: str = "method") -> None:
+    text = f"a setting of the {of}; repeatable (see `slimscope methods`)"
+    parser.add_argument(name, action="append", default=[], metavar="KEY=VALUE", help=text)
 
 
 def has_display() -> bool:
@@ -314,83 +343,10 @@ def pairs(items: Sequence[str]) -> dict[str, str]:
     return dict(item.split("=", 1) for item in items)
 
 
-def _catalog(args: argparse.Namespace) -> Any:
+def _catalog() -> Any:
     from core.catalog.store import Catalog
 
     return Catalog()
-
-
-# --- output -------------------------------------------------------------------------------------------
-
-
-def terminal_progress() -> Progress:
-    """Progress as one rewritten line on a terminal, silent elsewhere."""
-    if not sys.stderr.isatty():
-        return lambda done, total, message: None
-    last = 0.0
-
-    def show(done: float, total: float, message: str) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last > 0.1 or done >= total:
-            last = now
-            share = f"{done / total:4.0%}" if total else "    "
-            print(
-                f"\r\x1b[K{share} {message}",
-                end="\n" if total and done >= total else "",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    return show
-
-
-def plain(value: Any) -> Any:
-    """Any of our records as JSON data; a number that is not finite becomes null."""
-    if isinstance(value, pd.DataFrame):
-        return plain(value.to_dict("records"))
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(item) for item in value]
-    if isinstance(value, bool) or value is None or isinstance(value, (str, int)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if hasattr(value, "item"):  # a NumPy scalar
-        return plain(value.item())
-    return None if value is pd.NaT else str(value)
-
-
-def human(answer: Any) -> str:
-    """The same answer for a reader: tables where there are rows, ``name value unit [low, high]`` for metrics."""
-    if isinstance(answer, pd.DataFrame):
-        return answer.to_string(index=False) if len(answer) else "nothing yet"
-    if isinstance(answer, Result):
-        lines = [_metric_line(metric) for metric in answer.metrics]
-        return "\n".join([*lines, *answer.notes, "", answer.frame.head(40).to_string(index=False)])
-    if isinstance(answer, (list, tuple)):
-        return (
-            human(pd.json_normalize([plain(item) for item in answer], max_level=0))
-            if answer
-            else "nothing yet"
-        )
-    if hasattr(answer, "measurements"):
-        return "\n".join(_metric_line(measurement) for measurement in answer.measurements)
-    flat = plain(answer)
-    return "\n".join(f"{key:<24} {json.dumps(value, ensure_ascii=False)}" for key, value in flat.items())
-
-
-def _metric_line(metric: Metric | Measurement) -> str:
-    interval = (
-        f" [{metric.low:.4g}, {metric.high:.4g}]"
-        if metric.low is not None and metric.high is not None
-        else ""
-    )
-    n = f"  n={metric.n}" if metric.n else ""
-    return f"{metric.name:<26} {metric.value:.6g} {metric.unit}{interval}{n}"
 
 
 if __name__ == "__main__":
