@@ -25,6 +25,7 @@ from __future__ import annotations
 import errno
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ALLOCATOR_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
 def refused_by_system(error: OSError) -> str:
@@ -34,6 +35,12 @@ def refused_by_system(error: OSError) -> str:
     if error.errno in _NO_SPACE:
         return f"{where}; nothing half-written is kept: free some space and try again"
     return f"{where}; check this path, or choose other places by SLIMSCOPE_HOME, SLIMSCOPE_CACHE or SLIMSCOPE_CATALOG"
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is an allocator's refusal: Python says so by type, torch (CPU and CUDA) in words only."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in said for words in _ALLOCATOR_WORDS)
 
 
 class SlimscopeError(Exception):

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from core.errors import BadInput, OutOfMemory, SlimscopeError
+from core.errors import BadInput, OutOfMemory, SlimscopeError, ran_out_of_memory
 from core.inspector.protocol import MAX_RESULT_BYTES, Answer, Failure, Report, Request, Stamp, Token, stamp
 from core.registry import get
 from core.types import ModelRef, Progress, Prompt, Result
@@ -117,12 +117,9 @@ class Calls:
         method = get("probe", method_id)
         parsed = method.parse(settings)
         loaded = self.models.get(ref, progress)
-        missing = loaded.missing_needs(method.needs)
-        if missing:
-            raise BadInput(
-                f"{method.title} needs a model that is {' and '.join(sorted(missing))}; {ref} is a "
-                f"{loaded.family} ({loaded.anatomy.model_type}); choose another probe or model"
-            )
+        method.refuse_if(
+            loaded.missing_needs(method.needs), f"{ref} ({loaded.family}, {loaded.anatomy.model_type})"
+        )
         progress(0, 1, f"running {method.title}")
         with loaded.lock:
             result: Result = method.run(loaded, prompt, parsed)
@@ -166,7 +163,7 @@ def _respond(request: Request, calls: Calls, report: Progress) -> memoryview:
         return ForkingPickler.dumps(Failure.of(error))
     except Exception as error:
         log.exception("%s failed", request.call)
-        if _is_out_of_memory(error):
+        if ran_out_of_memory(error):
             calls.models.clear()
             return ForkingPickler.dumps(Failure.of(OutOfMemory(_memory_sentence(request, error))))
         return ForkingPickler.dumps(
@@ -176,16 +173,6 @@ def _respond(request: Request, calls: Calls, report: Progress) -> memoryview:
                 "this is a defect of Slimscope or of the model's code, the inspector's log has the traceback",
             )
         )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Python, CUDA and torch's CPU allocator each say it in their own way; the last only in its text."""
-    torch = sys.modules.get("torch")
-    return (
-        isinstance(error, MemoryError)
-        or (torch is not None and isinstance(error, torch.OutOfMemoryError))
-        or "can't allocate memory" in str(error)
-    )
 
 
 def _memory_sentence(request: Request, error: Exception) -> str:

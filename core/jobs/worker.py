@@ -21,7 +21,14 @@ from typing import Any
 import psutil
 
 from core.catalog.store import Catalog
-from core.errors import BadInput, Cancelled, CatalogError, SlimscopeError, refused_by_system
+from core.errors import (
+    BadInput,
+    Cancelled,
+    CatalogError,
+    SlimscopeError,
+    ran_out_of_memory,
+    refused_by_system,
+)
 from core.jobs import ledger
 from core.jobs.context import Task, TaskContext
 from core.jobs.queue import Queue
@@ -59,7 +66,7 @@ class Reporter(threading.Thread):
             raise Cancelled("cancelled by the user")
 
     def finish(self) -> None:
-        """Stop reporting; the last progress is written."""
+        """Stop reporting; what came in since the last report is not written, as the job's end says more."""
         self._finished.set()
         self.join()
 
@@ -136,22 +143,11 @@ def work(catalog: Catalog, job: Job) -> None:
     except SlimscopeError as problem:
         state, error = "failed", str(problem)
         say(f"{type(problem).__name__}: {problem}")
-    except MemoryError as problem:
-        state, error = (
-            "failed",
-            f"out of memory ({problem}); choose a smaller model or free memory, then retry",
-        )
-        traceback.print_exc()
-    except OSError as problem:
-        state, error = "failed", refused_by_system(problem)
-        traceback.print_exc()
     except Exception as problem:  # noqa: BLE001 - whatever a task dies of is its job's end, not the worker's
-        state, error = "failed", f"{type(problem).__name__}: {problem}; see the log"
+        state, error = "failed", _told(problem)
         traceback.print_exc()
     reporter.finish()
     say(state)
-    if state == "succeeded":
-        shutil.rmtree(scratch, ignore_errors=True)
     with catalog.write("jobs_revision") as session:
         row = ledger.get(session, job.id)
         if row.state == "running" and row.attempt == job.attempt:
@@ -165,6 +161,17 @@ def work(catalog: Catalog, job: Job) -> None:
                 result=result if state == "succeeded" else {},
                 exit_code=0,
             )
+    if state == "succeeded":
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _told(problem: Exception) -> str:
+    """One sentence for an error that is none of ours."""
+    if ran_out_of_memory(problem):
+        return f"out of memory ({problem}); choose a smaller model or free memory, then retry"
+    if isinstance(problem, OSError):
+        return refused_by_system(problem)
+    return f"{type(problem).__name__}: {problem}; see the log"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core.errors import CannotOpen
+from core.errors import CannotOpen, OutOfMemory, ran_out_of_memory
+from core.hub import hub_snapshot
 from core.lazy import torch, transformers
 from core.models.anatomy import Anatomy
 from core.models.anatomy_find import find_anatomy
@@ -19,7 +20,6 @@ from core.models.anatomy_verify import verify_anatomy
 from core.models.checkpoint import fingerprint, read_config, stored_tensors, weight_files
 from core.models.demo import demo, demo_files
 from core.models.gguf import converted_gguf
-from core.models.hub import hub_folder
 from core.models.loaded import LoadedModel, Pooling
 from core.models.quiet import quiet
 from core.types import ModelRef, Progress, silent
@@ -33,6 +33,10 @@ AUTO_CLASSES = {
     "Model": "AutoModel",
 }
 """How the end of an architecture's name says which auto class loads it."""
+HUB_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+"""Configs, tokenizers and safetensors, never pickled weights."""
+HUB_UNWANTED = ("consolidated*", "original/*", "onnx/*", "openvino/*", "*/model*.safetensors")
+"""Second copies of the same weights that some repositories carry."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
 
@@ -86,7 +90,10 @@ def local_folder(
             raise CannotOpen(f"{ref.source} needs a catalog to be found in; name one with SLIMSCOPE_CATALOG")
         return variant_folder(name)
     if ref.kind == "hub":
-        return hub_folder(ref.source, revision=ref.revision, progress=progress)
+        progress(0, 1, f"looking for {ref} on the Hugging Face hub")
+        return hub_snapshot(
+            ref.source, kind="model", revision=ref.revision, wanted=HUB_WANTED, unwanted=HUB_UNWANTED
+        )
     path = demo_files(name) if ref.kind == "demo" else Path(ref.source).expanduser()
     if path.suffix.lower() == ".gguf":
         return converted_gguf(path, progress=progress)
@@ -130,6 +137,10 @@ def _load(
         )
         model = model.to(ref.device)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError) as error:
+        if ran_out_of_memory(error):
+            raise OutOfMemory(
+                f"not enough memory on {ref.device} to hold {folder}; free memory, or open a smaller model"
+            ) from None
         raise CannotOpen(_reason(folder, config, error)) from None
     unused = _refuse_partial(folder, architecture, report)
     model.eval().requires_grad_(False)
@@ -227,7 +238,10 @@ def _pooling(folder: Path) -> Pooling:
     path = folder / "1_Pooling" / "config.json"
     if not path.is_file():
         return "mean"
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CannotOpen(f"{path} cannot be read as JSON ({error}); fetch the file again") from None
     mode = settings.get("pooling_mode")
     if mode == "mean" or settings.get("pooling_mode_mean_tokens"):
         return "mean"

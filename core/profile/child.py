@@ -18,13 +18,12 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from core.errors import OutOfMemory, SlimscopeError
+from core.errors import OutOfMemory, SlimscopeError, ran_out_of_memory
 from core.profile._measure import measure
 from core.registry import get
 
 REPORT_EVERY_S = 2.0
 """Rarely: whoever reads a report takes processor time from the measurement."""
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
 def main() -> None:
@@ -70,7 +69,7 @@ def _explained(error: Exception) -> tuple[str, str]:
     """Class and sentence of an error the parent can raise again; anything unknown keeps its own traceback."""
     if isinstance(error, SlimscopeError):
         return type(error).__name__, str(error)
-    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+    if ran_out_of_memory(error):
         first = str(error).splitlines()[0] if str(error) else "the allocator gave no detail"
         sentence = f"not enough memory to measure this model: {first}; take a smaller prompt, batch or dtype"
         return OutOfMemory.__name__, sentence

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from core.errors import BadInput
+from core.errors import BadInput, CannotOpen
 from core.text._files import read_text
 from core.types import Documents
 
@@ -131,6 +131,8 @@ def _hub_rows(source: str) -> Iterator[_Keyed]:
     """Rows of a data set, streamed: nothing is run, and no more is fetched than is read."""
     import datasets
 
+    from core.hub import hub_snapshot
+
     parts = source.removeprefix("hub:").split(":")
     if not parts[0] or len(parts) > 3:
         raise BadInput(
@@ -139,6 +141,8 @@ def _hub_rows(source: str) -> Iterator[_Keyed]:
     config = parts[1] if len(parts) == 3 else None
     wanted = parts[-1] if len(parts) > 1 else None
     try:
+        if not Path(parts[0]).is_dir():  # one quick look: the loader below would retry for half a minute
+            hub_snapshot(parts[0], kind="dataset", wanted=["README.md"])
         found = datasets.load_dataset(parts[0], config, streaming=True)
         if wanted is not None and wanted not in found:
             raise BadInput(f"{source}: no split {wanted!r}; there are: {', '.join(map(str, found))}")
@@ -150,6 +154,8 @@ def _hub_rows(source: str) -> Iterator[_Keyed]:
             yield _Keyed(text, text)
     except BadInput:
         raise
+    except CannotOpen as error:
+        raise BadInput(f"{source}: {error}") from None
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         said = str(error).strip().split("\n")[0]
         raise BadInput(

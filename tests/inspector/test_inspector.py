@@ -62,7 +62,7 @@ def test_requests_are_checked_in_the_child(inspector: Inspector, folders: dict[s
         inspector.probe("no_such_probe", folders["llama"], PROMPT)
     with pytest.raises(BadSettings, match="top_k"):
         inspector.probe("logit_lens", folders["llama"], PROMPT, {"top_k": 0})
-    with pytest.raises(BadInput, match=r"needs a model that is decoder; .* is a encoder \(bert\)"):
+    with pytest.raises(BadInput, match=r"needs decoder, which .* \(encoder, bert\) does not offer"):
         inspector.probe("logit_lens", folders["bert"], PROMPT)
     with pytest.raises(CannotOpen):
         inspector.open(ModelRef("/no/such/folder"))

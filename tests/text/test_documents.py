@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,6 +122,17 @@ class TestHub:
     def test_an_empty_folder_is_one_sentence(self, tmp_path: Path):
         with pytest.raises(BadInput, match=r"cannot be read .* or give a local .txt or .jsonl file"):
             load_documents(f"hub:{tmp_path}")
+
+    @pytest.mark.slow
+    def test_a_hub_out_of_reach_is_refused_at_once(self, tmp_path: Path):
+        code = "from core.text.documents import load_documents; load_documents('hub:tests/no-such-data')"
+        env = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+        )
+        assert "BadInput: hub:tests/no-such-data" in done.stderr.splitlines()[-1]
+        assert "the hub cannot be reached" in done.stderr
+        assert "Retrying" not in done.stderr
 
 
 BAD = {

@@ -1,30 +1,44 @@
-"""A model of the Hugging Face hub as a local folder; the only file of core.models that may use the network.
+"""Files of the Hugging Face hub as a local folder; the only file of core that may use the network.
 
-Only configs, tokenizers and safetensors are fetched, never pickled weights. What is fetched stays in the user's
-Hugging Face cache, shared with every other tool.
+What is fetched stays in the user's Hugging Face cache, shared with every other tool. Knows no model and no text: the
+caller says which files it wants.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from core.errors import CannotOpen
-from core.types import Progress, silent
 
-WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-UNWANTED = ("consolidated*", "original/*", "onnx/*", "openvino/*", "*/model*.safetensors")
-"""Second copies of the same weights that some repositories carry."""
+PATIENCE_S = 5.0
+"""For the hub's first answer: a network that swallows packets must not hold a page or a command for long."""
 
 
-def hub_folder(repo: str, *, revision: str | None = None, progress: Progress = silent) -> Path:
-    """The snapshot folder of a hub model, fetched if it is not in the cache; raises ``CannotOpen``."""
+def hub_snapshot(
+    repo: str,
+    *,
+    kind: Literal["model", "dataset"],
+    revision: str | None = None,
+    wanted: Sequence[str],
+    unwanted: Sequence[str] = (),
+) -> Path:
+    """The snapshot folder of a repository with the ``wanted`` files, fetched if they are not in the cache.
+
+    Raises ``CannotOpen`` for an id that is none, unknown, private or gated, and when the hub is out of reach.
+    """
     from huggingface_hub import errors, snapshot_download
 
-    progress(0, 1, f"looking for {repo} on the Hugging Face hub")
     named = f"{repo}@{revision}" if revision else repo
     try:
         folder = snapshot_download(
-            repo, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+            repo,
+            repo_type=kind,
+            revision=revision,
+            allow_patterns=list(wanted),
+            ignore_patterns=list(unwanted),
+            etag_timeout=PATIENCE_S,
         )
     except errors.HFValidationError:
         raise CannotOpen(
@@ -40,7 +54,7 @@ def hub_folder(repo: str, *, revision: str | None = None, progress: Progress = s
         ) from None
     except errors.RepositoryNotFoundError:
         raise CannotOpen(
-            f"the hub has no model {repo!r}, or it is private; check the spelling, or log in with `hf auth login`"
+            f"the hub has no {kind} {repo!r}, or it is private; check the spelling, or log in with `hf auth login`"
         ) from None
     except (
         errors.LocalEntryNotFoundError,
@@ -50,7 +64,6 @@ def hub_folder(repo: str, *, revision: str | None = None, progress: Progress = s
     ) as error:
         raise CannotOpen(
             f"{named} is not in the local hub cache and the hub cannot be reached ({type(error).__name__}); "
-            "go online once, or give a local folder or a demo model"
+            "go online once, or give local files"
         ) from None
-    progress(1, 1, f"{repo} is here")
     return Path(folder)
