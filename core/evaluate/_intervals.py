@@ -83,7 +83,10 @@ class Bootstrap:
             return Interval(None, None, "")
         # 64 draws at a time: a statistic over tokens would otherwise need draws × tokens numbers at once.
         parts = [statistic(self.counts_RD[start : start + 64]) for start in range(0, self.draws, 64)]
-        low, high = np.quantile(np.concatenate(parts), [_tail(n), 1 - _tail(n)])
+        drawn = np.concatenate(parts)
+        if not np.isfinite(drawn).all():
+            return Interval(None, None, "none: the number is undefined in some draws")
+        low, high = np.quantile(drawn, [_tail(n), 1 - _tail(n)])
         how = f"paired bootstrap over {n} {self.unit}, {self.draws} draws, expanded percentile"
         return Interval(float(low), float(high), how)
 

@@ -64,8 +64,9 @@ def score_window(base: LoadedModel, variant: LoadedModel, ids: Ints, window: Win
     else:
         variant_PV = next_token_logits(variant, ids, window).to(base_PV.device)
         scores = compare_logits(base_PV, variant_PV, targets_P)
-    for role, loaded, nats in (("base", base, scores.nats_base), ("variant", variant, scores.nats_variant)):
-        if not np.isfinite(nats).all():
+    variant_numbers = scores.nats_variant + scores.kl  # a logit of any other token shows in the KL only
+    for role, loaded, numbers in (("base", base, scores.nats_base), ("variant", variant, variant_numbers)):
+        if not np.isfinite(numbers).all():
             raise CannotMeasure(
                 f"the {role} {loaded.ref} gives logits that are not finite numbers, in the window of tokens "
                 f"{window.begin} to {window.end}; try float32, or discard this variant"

@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from core.errors import BadInput, CannotMeasure
+from core.evaluate._comparison import provenance, refuse_calibration
 from core.evaluate._intervals import Bootstrap, Floats, Interval
 from core.journal import Journal
-from core.lazy import torch
 from core.models.embed import embed
 from core.models.fp32_path import Fp32Setting, fast_fp32
 from core.models.loaded import LoadedModel
 from core.registry import Settings, method
 from core.text.pairs import Pairs, load_pairs
 from core.text.sentences import sentences
-from core.types import Documents, Metric, Progress, Provenance, Result, View, content_hash
+from core.types import Documents, Metric, Progress, Result, View, content_hash
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,28 +101,23 @@ def run(
         frames=frames,
         views=_views(frames),
         metrics=tuple(metrics),
-        provenance=Provenance(
+        provenance=provenance(
+            base,
+            variant,
+            documents,
             method="embedding_agreement",
-            settings=settings.model_dump(mode="json"),
-            model_fingerprint=variant.fingerprint,
-            inputs={"documents": documents.fingerprint} | ({"pairs": pairs.fingerprint} if pairs else {}),
-            dtype=variant.dtype,
-            device=variant.device,
-            attention_kernel=str(variant.model.config._attn_implementation),
             protocol=PROTOCOL,
+            settings=settings,
+            began=began,
+            inputs={"pairs": pairs.fingerprint} if pairs else {},
             conditions={
-                "text": documents.name,
                 "documents": bootstrap.n_documents,
                 "sentences": len(texts),
                 "pairs": pairs.name if pairs else "",
                 "max_tokens": settings.max_tokens,
                 "pooling": variant.pooling,
                 "fp32_path": path.name,
-                "threads": torch.get_num_threads(),
-                "base_dtype": base.dtype,
-                "base_fingerprint": base.fingerprint,
             },
-            seconds=time.perf_counter() - began,
         ),
     )
 
@@ -180,11 +175,7 @@ def _sentences(
     documents: Documents, settings: EmbeddingAgreementSettings
 ) -> tuple[list[str], NDArray[np.int64]]:
     """Sentences, and for each the number of its document among those that have any."""
-    if documents.split == "calibration":
-        raise BadInput(
-            f"{documents.name} was loaded for calibration, and a variant may have been fitted to it; "
-            "evaluate on the evaluation half"
-        )
+    refuse_calibration(documents)
     per_document = [
         found
         for text in documents.texts[: settings.max_documents]

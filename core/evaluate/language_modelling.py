@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from core.errors import BadInput, CannotMeasure
+from core.evaluate._comparison import provenance, refuse_calibration
 from core.evaluate._document_score import DocumentScore, score_document
 from core.evaluate._intervals import Bootstrap
 from core.evaluate._language_summary import frames, metrics, notes, views
 from core.journal import Journal
-from core.lazy import torch
 from core.models.fp32_path import Fp32Setting, fast_fp32
 from core.models.loaded import LoadedModel
 from core.registry import Settings, method
 from core.text.windows import EncodedDocument, Window, encode_document, sliding_windows
-from core.types import Documents, Progress, Provenance, Result, content_hash
+from core.types import Documents, Progress, Result, content_hash
 
 PROTOCOL_TEXT = (
     "Sliding windows inside each document, never across documents. Every token is scored once: the first "
@@ -90,45 +91,24 @@ def run(
     """
     began = time.perf_counter()
     plans = _plan(base, variant, documents, settings)
-    counter = _Counter(progress, sum(len(plan.windows) for plan in plans))
-    asked = [PROTOCOL, settings.model_dump(mode="json"), _identity(base), _identity(variant)]
-    scores: list[DocumentScore] = []
     with fast_fp32(settings.fp32_path) as path:
-        for plan in plans:
-            counter.begin(f"document {len(scores) + 1} of {len(plans)}")
-            key = content_hash([asked, path.name, plan.document, plan.encoded.text])
-            row = journal.get(key)
-            if row is not None:
-                counter.advance(len(plan.windows))
-                scores.append(DocumentScore(**row))
-                continue
-            score = score_document(
-                base,
-                variant,
-                plan.encoded,
-                plan.windows,
-                document=plan.document,
-                on_window=counter.advance,
-            )
-            journal.put(key, score.row())
-            scores.append(score)
+        asked = [PROTOCOL, settings.model_dump(mode="json"), _identity(base), _identity(variant), path.name]
+        scores = _score(base, variant, plans, journal, progress, asked)
     bootstrap = Bootstrap(len(scores), draws=settings.bootstrap_draws, seed=settings.seed)
     found = frames(scores)
     return Result(
         frames=found,
         views=views(found),
         metrics=metrics(scores, bootstrap, same=variant is base),
-        provenance=Provenance(
+        provenance=provenance(
+            base,
+            variant,
+            documents,
             method="language_modelling",
-            settings=settings.model_dump(mode="json"),
-            model_fingerprint=variant.fingerprint,
-            inputs={"documents": documents.fingerprint},
-            dtype=variant.dtype,
-            device=variant.device,
-            attention_kernel=str(variant.model.config._attn_implementation),
             protocol=PROTOCOL,
+            settings=settings,
+            began=began,
             conditions={
-                "text": documents.name,
                 "documents": len(scores),
                 "tokens": sum(score.tokens for score in scores),
                 "bytes": sum(score.bytes for score in scores),
@@ -137,14 +117,37 @@ def run(
                 "max_document_tokens": settings.max_document_tokens,
                 "bos_added": plans[0].encoded.has_bos,
                 "fp32_path": path.name,
-                "threads": torch.get_num_threads(),
-                "base_dtype": base.dtype,
-                "base_fingerprint": base.fingerprint,
             },
-            seconds=time.perf_counter() - began,
         ),
         notes=notes(scores, n_skipped=min(settings.max_documents, len(documents.texts)) - len(scores)),
     )
+
+
+def _score(
+    base: LoadedModel,
+    variant: LoadedModel,
+    plans: list[_Plan],
+    journal: Journal,
+    progress: Progress,
+    asked: list[Any],
+) -> list[DocumentScore]:
+    """Every document's score, from the journal where it is there; ``asked`` is what all of them depend on."""
+    counter = _Counter(progress, sum(len(plan.windows) for plan in plans))
+    scores: list[DocumentScore] = []
+    for plan in plans:
+        counter.begin(f"document {len(scores) + 1} of {len(plans)}")
+        key = content_hash([asked, plan.document, plan.encoded.text])
+        row = journal.get(key)
+        if row is not None:
+            counter.advance(len(plan.windows))
+            scores.append(DocumentScore(**row))
+            continue
+        score = score_document(
+            base, variant, plan.encoded, plan.windows, document=plan.document, on_window=counter.advance
+        )
+        journal.put(key, score.row())
+        scores.append(score)
+    return scores
 
 
 @dataclass(frozen=True)
@@ -180,11 +183,7 @@ def _plan(
     base: LoadedModel, variant: LoadedModel, documents: Documents, settings: LanguageModellingSettings
 ) -> list[_Plan]:
     """What is scored of each document that has a token to score."""
-    if documents.split == "calibration":
-        raise BadInput(
-            f"{documents.name} was loaded for calibration, and a variant may have been fitted to it; "
-            "evaluate on the evaluation half"
-        )
+    refuse_calibration(documents)
     size = min(settings.window, base.anatomy.context_length, variant.anatomy.context_length)
     stride = min(settings.stride, size - 1)
     plans = []

@@ -1,0 +1,55 @@
+"""What every comparison of a variant with its base refuses, and what it records of the two models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from core.errors import BadInput
+from core.lazy import torch
+from core.models.loaded import LoadedModel
+from core.registry import Settings
+from core.types import Documents, Provenance
+
+
+def refuse_calibration(documents: Documents) -> None:
+    """Raise ``BadInput`` for text that a variant may have been fitted to."""
+    if documents.split == "calibration":
+        raise BadInput(
+            f"{documents.name} was loaded for calibration, and a variant may have been fitted to it; "
+            "evaluate on the evaluation half"
+        )
+
+
+def provenance(
+    base: LoadedModel,
+    variant: LoadedModel,
+    documents: Documents,
+    *,
+    method: str,
+    protocol: str,
+    settings: Settings,
+    began: float,
+    conditions: Mapping[str, Any],
+    inputs: Mapping[str, str] | None = None,
+) -> Provenance:
+    """What one evaluation was computed from; ``began`` is the ``time.perf_counter`` at its beginning."""
+    return Provenance(
+        method=method,
+        settings=settings.model_dump(mode="json"),
+        model_fingerprint=variant.fingerprint,
+        inputs={"documents": documents.fingerprint, **(inputs or {})},
+        dtype=variant.dtype,
+        device=variant.device,
+        attention_kernel=str(variant.model.config._attn_implementation),
+        protocol=protocol,
+        conditions={
+            "text": documents.name,
+            **conditions,
+            "threads": torch.get_num_threads(),
+            "base_dtype": base.dtype,
+            "base_fingerprint": base.fingerprint,
+        },
+        seconds=time.perf_counter() - began,
+    )
