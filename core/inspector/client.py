@@ -146,22 +146,24 @@ class Inspector:
             child, self._running = self._child, ticket
         ticket.start()
         started = time.monotonic()
+        # Before the call: files that change while it runs must not name its result.
+        key = _result_key(ticket.request) if ticket.request.call == "probe" else None
         try:
             value = child.ask(ticket)
         except SlimscopeError as error:
             ticket.fail(error)
         else:
-            self._remember(ticket.request, value, seconds=time.monotonic() - started)
+            self._remember(ticket.request, key, value, seconds=time.monotonic() - started)
             ticket.answer(value)
         finally:
             with self._lock:
                 self._running = None
 
-    def _remember(self, request: Request, value: Any, *, seconds: float) -> None:
+    def _remember(self, request: Request, key: Hashable | None, value: Any, *, seconds: float) -> None:
         with self._lock:
             self._seconds[_cost_key(request)] = seconds
-            if request.call == "probe":
-                self._kept[_result_key(request)] = value
+            if key is not None:
+                self._kept[key] = value
                 while len(self._kept) > self._n_kept:
                     self._kept.popitem(last=False)
 

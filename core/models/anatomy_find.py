@@ -29,11 +29,7 @@ def find_anatomy(model: Any) -> Anatomy:
     """
     config = model.config.get_text_config()
     architecture = type(model).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise CannotOpen(
-            f"{architecture} is an encoder–decoder; open a decoder, an encoder or a ViT classifier"
-        )
-    _refuse_projected_opt(config, architecture)
+    _refuse_unsupported(config, architecture)
     stack_path, layers = _find_stack(model, config.num_hidden_layers)
     attention = _match_attention(layers[0], f"{stack_path}.0", architecture)
     blocks = tuple(
@@ -43,16 +39,8 @@ def find_anatomy(model: Any) -> Anatomy:
     base = stack_path.rpartition(".")[0]
     around = base.rpartition(".")[0]
     position_embedding = _position_path(model, base, around, family)
-    embedding = _path_of(model, model.get_input_embeddings())
-    if embedding is None:
-        raise CannotOpen(f"{architecture} has no input embedding module; this architecture is not supported")
+    embedding = _embedding(model, architecture)
     head = _head(model)
-    # A bidirectional encoder that is not pre-norm has no final norm: its last block already norms.
-    final_norm = None if attention.norm_place == "post" else _first_present(model, base, FINAL_NORMS)
-    if attention.norm_place != "post" and final_norm is None:
-        raise CannotOpen(
-            f"{architecture}: no final norm among {', '.join(FINAL_NORMS)} in {base or 'the model'}"
-        )
     n_heads = config.num_attention_heads
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
     head_dim = _head_dim(model, blocks[0], attention.fusion, n_heads, n_kv_heads)
@@ -69,7 +57,7 @@ def find_anatomy(model: Any) -> Anatomy:
         token_type_embedding=_path_or_none(model, _join(around, "embeddings.token_type_embeddings")),
         embedding_norm=_path_or_none(model, _join(around, "embeddings.LayerNorm")),
         blocks=blocks,
-        final_norm=final_norm,
+        final_norm=_final_norm(model, base, attention),
         head_transform=_path_or_none(model, "cls.predictions.transform"),
         unembedding=head,
         tied=head is not None
@@ -95,7 +83,11 @@ def find_anatomy(model: Any) -> Anatomy:
     )
 
 
-def _refuse_projected_opt(config: Any, architecture: str) -> None:
+def _refuse_unsupported(config: Any, architecture: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise CannotOpen(
+            f"{architecture} is an encoder–decoder; open a decoder, an encoder or a ViT classifier"
+        )
     width = getattr(config, "word_embed_proj_dim", config.hidden_size)
     if width != config.hidden_size or not getattr(config, "do_layer_norm_before", True):
         raise CannotOpen(
@@ -194,9 +186,28 @@ def _family(model: Any, layout: AttentionLayout) -> Family:
     return "encoder" if layout.norm_place == "post" else "decoder"
 
 
+def _embedding(model: Any, architecture: str) -> str:
+    path = _path_of(model, model.get_input_embeddings())
+    if path is None:
+        raise CannotOpen(f"{architecture} has no input embedding module; this architecture is not supported")
+    return path
+
+
 def _head(model: Any) -> str | None:
     classifier = getattr(model, "classifier", None)
     return _path_of(model, model.get_output_embeddings() or classifier)
+
+
+def _final_norm(model: Any, base: str, layout: AttentionLayout) -> str | None:
+    """None for a post-norm encoder, whose last block already norms."""
+    if layout.norm_place == "post":
+        return None
+    found = _first_present(model, base, FINAL_NORMS)
+    if found is None:
+        raise CannotOpen(
+            f"{type(model).__name__}: no final norm among {', '.join(FINAL_NORMS)} in {base or 'the model'}"
+        )
+    return found
 
 
 def _head_dim(model: Any, block: Block, fusion: Fusion, n_heads: int, n_kv_heads: int) -> int:

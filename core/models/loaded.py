@@ -61,7 +61,7 @@ class LoadedModel:
 
     @property
     def dtype(self) -> str:
-        """The dtype of the embedding, e.g. ``float32``."""
+        """The dtype of its parameters (of the first, where a checkpoint mixes them), e.g. ``float32``."""
         return str(self.model.dtype).removeprefix("torch.")
 
     @property
