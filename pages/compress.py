@@ -77,7 +77,7 @@ for preset in PRESETS:
             slots[preset.id].caption("Size not predicted yet")
             st.button(
                 "Make variant",
-                type="primary" if preset is PRESETS[0] else "secondary",
+                icon=":material/add:",
                 on_click=make,
                 args=(preset.recipe,),
                 key=f"make_{preset.id}",
@@ -126,7 +126,7 @@ with st.container(border=True):
         slots["own"] = st.empty()
         st.button(
             "Make variant",
-            type="primary",
+            icon=":material/add:",
             disabled=recipe is None,
             on_click=make,
             args=(recipe,),

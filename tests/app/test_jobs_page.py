@@ -28,7 +28,7 @@ def test_time_left_is_the_time_so_far_scaled():
 
 
 def test_a_job_is_named_by_its_recipe():
-    assert job_card.title(JOB) == "Compress · rtn"
+    assert job_card.title(JOB) == "Compress · rtn bits=4"
     assert job_card.title(replace(JOB, kind="profile", spec={"recipe": None})) == "Profile · the base"
     unknown = replace(JOB, spec={"recipe": {"steps": [{"method": "magic"}]}})
     assert job_card.title(unknown) == "Compress · a recipe this version does not know"
@@ -36,7 +36,7 @@ def test_a_job_is_named_by_its_recipe():
 
 def test_an_error_reaches_the_toast_escaped():
     failed = replace(JOB, state="failed", error="no ![x](http://evil.example/p.png)")
-    assert job_card.ending(failed).startswith(r"Compress · rtn: :red[failed]. no \!\[x\]")
+    assert job_card.ending(failed).startswith(r"Compress · rtn bits\=4: :red[failed]. no \!\[x\]")
 
 
 @pytest.fixture
