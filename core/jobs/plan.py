@@ -33,7 +33,7 @@ def submit_variant(
     evaluate: Mapping[str, Any] | None = None,
     profile: Mapping[str, Any] | None = None,
 ) -> list[Job]:
-    """Queue compress → evaluate → profile of ``recipe`` on ``model``, and the base's own measurements if missing.
+    """Queue compress, then evaluate and profile, of ``recipe`` on ``model``, and the base's own measurements if missing.
 
     ``evaluate`` (``method``, ``settings``, ``documents``) and ``profile`` (``method``, ``settings``) override the
     defaults. The same recipe still waiting or running is returned as it is, not queued twice. All jobs share a
@@ -64,15 +64,14 @@ def _measure(
     after: Job | None = None,
     group_id: str | None = None,
 ) -> list[Job]:
-    """Evaluate, then profile alone on this host."""
-    subject = {"model": model, "recipe": recipe}
-    evaluated = queue.submit(
-        "evaluate", {**subject, **quality}, depends_on=after.id if after else None, group_id=group_id
-    )
-    profiled = queue.submit(
-        "profile", {**subject, **speed}, depends_on=evaluated.id, token=device_token(), group_id=group_id
-    )
-    return [evaluated, profiled]
+    """Evaluate, and profile alone on this host; neither waits for the other, so one's failure costs only its own."""
+    subject, first = {"model": model, "recipe": recipe}, after.id if after else None
+    return [
+        queue.submit("evaluate", {**subject, **quality}, depends_on=first, group_id=group_id),
+        queue.submit(
+            "profile", {**subject, **speed}, depends_on=first, token=device_token(), group_id=group_id
+        ),
+    ]
 
 
 def _evaluation(asked: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -45,8 +45,8 @@ def test_one_click_on_a_preset_queues_the_whole_loop(queue, model):
     jobs = oldest_first(queue)
     assert [job.kind for job in jobs] == ["compress", "evaluate", "profile", "evaluate", "profile"]
     made, evaluated, profiled, base_evaluated, base_profiled = jobs
-    assert (evaluated.depends_on, profiled.depends_on) == (made.id, evaluated.id)
-    assert (base_evaluated.depends_on, base_profiled.depends_on) == (None, base_evaluated.id)
+    assert (evaluated.depends_on, profiled.depends_on) == (made.id, made.id)
+    assert (base_evaluated.depends_on, base_profiled.depends_on) == (None, None)
     assert len({job.group_id for job in jobs}) == 1
     recipe = Recipe.of("rtn", bits=8, group_size="channel", scheme="symmetric")
     assert Recipe.parse(made.spec["recipe"]) == recipe
