@@ -20,8 +20,11 @@ from playwright.sync_api import Page, sync_playwright
 
 from benchmarks.tradeoffs_page import FLAGS, server
 
-FIRST_WORDS = ("Paris", "London", "Berlin", "Rome", "Madrid", "Vienna", "Dublin", "Athens", "Oslo", "Lisbon")
-REST = " is the name of a city that many people know, and it has been" + " the same one every single day" * 7
+FIRST_WORDS = ("Paris", "London", "When", "While", "After", "Before", "Since", "Because", "Though", "Until")
+"""Each one token, so that the first column of the grid names the prompt."""
+REST = (
+    " it was the name of a city that many people know, and it has been" + " the same one every single day" * 7
+)
 
 
 def ask(page: Page, word: str) -> tuple[float, float, int]:

@@ -227,7 +227,8 @@ def headlines(frame: pd.DataFrame, *, tolerance: float | None = None) -> Headlin
     """Smallest and fastest usable variant within the quality ``tolerance``, and the one closest to the base.
 
     ``tolerance`` is in the unit of ``quality_column``; None takes ``QUALITY_TOLERANCE``. The base itself is
-    compared with, never counted.
+    compared with, never counted. A speed of a flagged run (contention, no steady state …) is nobody's headline, and
+    nothing is compared with one.
     """
     quality = objective(quality_column(frame))
     limit = QUALITY_TOLERANCE[quality.column] if tolerance is None else tolerance
@@ -236,6 +237,11 @@ def headlines(frame: pd.DataFrame, *, tolerance: float | None = None) -> Headlin
     variants = frame[usable(frame) & ~is_base]
     kept = variants[quality.column] if quality.column in variants else pd.Series(np.nan, index=variants.index)
     within = variants[kept <= limit if quality.better == "lower" else kept >= limit]
+
+    flagged = frame["flagged"] if "flagged" in frame else pd.Series(False, index=frame.index)
+    calm = within[~flagged[within.index]]
+    if flagged[is_base].any():
+        base = base.drop([o.column for o in OBJECTIVES.values() if o.group == "speed"], errors="ignore")
 
     def best(rows: pd.DataFrame, column: str) -> Headline | None:
         if column not in rows or not rows[column].notna().any():
@@ -252,7 +258,7 @@ def headlines(frame: pd.DataFrame, *, tolerance: float | None = None) -> Headlin
         len(variants),
         len(within),
         smallest=best(within, "bytes"),
-        fastest=best(within, "decode_tokens_per_s") or best(within, "prefill_tokens_per_s"),
+        fastest=best(calm, "decode_tokens_per_s") or best(calm, "prefill_tokens_per_s"),
         closest=best(variants, quality.column),
     )
 

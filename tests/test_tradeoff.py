@@ -196,3 +196,25 @@ def test_unknown_objective_lists_the_known():
     with pytest.raises(BadInput, match="'speed' is not an objective; choose one of bytes, bits_per_weight"):
         objective("speed")
     assert list(OBJECTIVES)[:3] == ["bytes", "bits_per_weight", "kl"]
+
+
+def test_a_flagged_speed_is_nobodys_headline_and_nothing_is_compared_with_one():
+    frame = pd.DataFrame(
+        {
+            "variant": ["base", "calm", "busy"],
+            "name": ["base", "calm", "busy"],
+            "recipe": [None, "{}", "{}"],
+            "proven": True,
+            "bytes": [100.0, 50.0, 50.0],
+            "kl": [0.0, 0.01, 0.01],
+            "decode_tokens_per_s": [10.0, 12.0, 99.0],
+            "flagged": [False, False, True],
+        }
+    )
+    fastest = headlines(frame).fastest
+    assert fastest is not None
+    assert (fastest.variant, round(fastest.change, 6)) == ("calm", 0.2)
+    against_flagged = headlines(frame.assign(flagged=[True, False, True])).fastest
+    assert against_flagged is not None
+    assert np.isnan(against_flagged.change)
+    assert headlines(frame.assign(flagged=True)).fastest is None
