@@ -23,7 +23,9 @@ from benchmarks.tradeoffs_page import FLAGS, server
 FIRST_WORDS = ("Paris", "London", "When", "While", "After", "Before", "Since", "Because", "Though", "Until")
 """Each one token, so that the first column of the grid names the prompt."""
 REST = (
-    " it was the name of a city that many people know, and it has been" + " the same one every single day" * 7
+    " it was the name of a city that many people know, and it has been"
+    + " the same one every single day" * 7
+    + " and every single night"
 )
 
 
