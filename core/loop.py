@@ -99,7 +99,13 @@ def register(catalog: Catalog, model: str, *, progress: Progress = silent) -> Va
 
 
 def make_variant(
-    catalog: Catalog, model: str, recipe: Recipe, *, calibration: str = "pydoc", progress: Progress = silent
+    catalog: Catalog,
+    model: str,
+    recipe: Recipe,
+    *,
+    calibration: str = "pydoc",
+    progress: Progress = silent,
+    job_id: str | None = None,
 ) -> Made:
     """Compress ``model`` by ``recipe``, save, prove the reload, and enter the variant; a proven one is reused.
 
@@ -143,8 +149,9 @@ def make_variant(
     proved = datetime.now(UTC) - timedelta(seconds=made.proof.seconds)
     progress(0.97, 1.0, "entering the variant into the catalog")
     catalog.add_variant(replace(variant, proven=False))  # proven only once the proof is in the catalog too
-    record(catalog, "compress", variant.id, made.result, started, layer_stats=made.result.frame)
-    proof = record(catalog, "proof", variant.id, made.proof.as_result(), proved)
+    stats = made.result.frame
+    record(catalog, "compress", variant.id, made.result, started, job_id=job_id, layer_stats=stats)
+    proof = record(catalog, "proof", variant.id, made.proof.as_result(), proved, job_id=job_id)
     return Made(catalog.add_variant(variant), proof, reused=False)
 
 
@@ -157,6 +164,7 @@ def evaluate_variant(
     settings: Mapping[str, Any] | None = None,
     progress: Progress = silent,
     scratch: Path | None = None,
+    job_id: str | None = None,
 ) -> Run:
     """Measure the quality of a variant against its base, both reloaded from disk, on held-out documents.
 
@@ -176,7 +184,7 @@ def evaluate_variant(
     model = base_model if variant.id == base.id else _reopened(catalog, variant, part_of(progress, 0.05, 0.1))
     journal = Journal(None if scratch is None else scratch / "documents.jsonl")
     result = chosen.run(base_model, model, texts, journal, part_of(progress, 0.1, 0.98), parsed)
-    return record(catalog, "evaluate", variant.id, result, started)
+    return record(catalog, "evaluate", variant.id, result, started, job_id=job_id)
 
 
 def profile_variant(
@@ -186,6 +194,7 @@ def profile_variant(
     method: str = "torch_eager",
     settings: Mapping[str, Any] | None = None,
     progress: Progress = silent,
+    job_id: str | None = None,
 ) -> Run:
     """Measure speed and memory of a variant's files in a fresh process; ``settings`` values may be text."""
     from core.models.checkpoint import fingerprint
@@ -200,7 +209,7 @@ def profile_variant(
     _refuse_changed(variant, fingerprint(folder))
     started = datetime.now(UTC)
     result = chosen.run(folder, progress, parsed)
-    return record(catalog, "profile", variant.id, result, started)
+    return record(catalog, "profile", variant.id, result, started, job_id=job_id)
 
 
 def compare(

@@ -25,6 +25,7 @@ def record(
     result: Result,
     started: datetime,
     *,
+    job_id: str | None = None,
     layer_stats: pd.DataFrame | None = None,
 ) -> Run:
     """Write one finished run: its measurements, the environment behind them, and its frames."""
@@ -50,6 +51,7 @@ def record(
         environment=facts["hash"],
         started_at=started,
         ended_at=datetime.now(UTC),
+        job_id=job_id,
         measurements=tuple(_measurement(metric) for metric in result.metrics),
     )
     return catalog.record_run(run, environment=facts, layer_stats=layer_stats, frames=result.frames)

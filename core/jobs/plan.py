@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from core.catalog.queries import bases
@@ -78,7 +79,10 @@ def _evaluation(asked: Mapping[str, Any] | None) -> dict[str, Any]:
     full = {**EVALUATE, **(asked or {})}
     if full["method"] is not None:
         get("evaluate", full["method"]).parse(full["settings"])
-    return full
+    source = full["documents"]["source"]
+    if source != "pydoc" and not source.startswith("hub:"):
+        source = str(Path(source).expanduser().resolve())  # the worker runs in another folder
+    return {**full, "documents": {"source": source}}
 
 
 def _profiling(asked: Mapping[str, Any] | None) -> dict[str, Any]:

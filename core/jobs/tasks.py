@@ -23,6 +23,7 @@ def compress(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
         Recipe.parse(spec["recipe"]),
         calibration=spec["calibration"]["source"],
         progress=context.progress,
+        job_id=context.job.id,
     )
     context.say(
         f"{'found' if made.reused else 'made'} {made.variant.name}: {made.variant.bytes} bytes, proven"
@@ -43,6 +44,7 @@ def evaluate(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
             documents=spec["documents"]["source"],
             settings=spec["settings"],
             progress=context.progress,
+            job_id=context.job.id,
             scratch=context.scratch,
         ),
     )
@@ -60,6 +62,7 @@ def profile(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
             method=spec["method"],
             settings=spec["settings"],
             progress=context.progress,
+            job_id=context.job.id,
         ),
     )
 
