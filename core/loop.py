@@ -24,7 +24,7 @@ from core.journal import Journal
 from core.recipe import Recipe
 from core.recording import record
 from core.registry import Method, get
-from core.types import ModelRef, Progress, Run, Variant, part_of, silent
+from core.types import Dtype, ModelRef, Progress, Run, Variant, part_of, silent
 
 if TYPE_CHECKING:
     from core.catalog.store import Catalog
@@ -76,11 +76,14 @@ class Made:
         }
 
 
-def opened(catalog: Catalog, model: str, *, progress: Progress = silent) -> LoadedModel:
+def opened(
+    catalog: Catalog, model: str, *, dtype: Dtype = "float32", progress: Progress = silent
+) -> LoadedModel:
     """Open what the user typed; ``variant:ID`` is looked up in the catalog. Raises ``CannotOpen``, ``BadInput``."""
     from core.models.open import open_model
 
-    return open_model(ModelRef.parse(model), variant_folder=catalog.variant_folder, progress=progress)
+    ref = ModelRef.parse(model, dtype=dtype)
+    return open_model(ref, variant_folder=catalog.variant_folder, progress=progress)
 
 
 def register(catalog: Catalog, model: str, *, progress: Progress = silent) -> Variant:
@@ -280,7 +283,8 @@ def _enter_base(catalog: Catalog, loaded: LoadedModel) -> Variant:
 
 
 def _reopened(catalog: Catalog, variant: Variant, progress: Progress) -> LoadedModel:
-    loaded = opened(catalog, variant.source, progress=progress)
+    """Reopen what was entered, in the dtype its files declare: quality is that of the arithmetic whose speed is measured."""
+    loaded = opened(catalog, variant.source, dtype="stored", progress=progress)
     _refuse_changed(variant, loaded.fingerprint)
     return loaded
 

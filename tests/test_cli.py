@@ -116,6 +116,12 @@ def test_the_loop_from_the_command_line(ask, model, recipe_file):
     assert ask("open", made["open"])["fingerprint"]
 
 
+def test_quality_is_measured_in_the_dtype_the_artifact_declares(ask, model):
+    cast = ask("compress", "cast", "--model", model, "--set", "dtype=bfloat16")
+    conditions = ask("evaluate", cast["open"], "--set", "max_documents=2")["conditions"]
+    assert (conditions["dtype"], conditions["base_dtype"]) == ("bfloat16", "float32")
+
+
 def test_compare_of_an_empty_catalog_is_an_empty_list(ask, tmp_path):
     assert ask("compare", "--catalog", str(tmp_path / "other.sqlite")) == []
 
