@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from streamlit import config
 
 from app import engine
+from app.memory import keep_small
 from core.jobs.supervisor import ensure_supervisor
 from core.paths import catalog_url
 
@@ -137,6 +138,7 @@ def serve(
     """
     if catalog:
         os.environ["SLIMSCOPE_CATALOG"] = catalog  # supervisor, workers and inspector inherit it
+    keep_small()
     url = f"http://{host}:{port}"
     if open_browser:
         threading.Timer(1.5, webbrowser.open, (url,)).start()
