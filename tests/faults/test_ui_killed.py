@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,8 +23,6 @@ from core.jobs.lock import supervisor_pid
 from core.types import ModelRef, Prompt
 from tests.faults.conftest import ROOT, RTN, assert_whole, command_line, ended
 from tests.jobs.conftest import Engine, until
-
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.mark.slow
@@ -86,14 +83,10 @@ def dashboard(place: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
 
 
 @pytest.fixture
-def page() -> Iterator[object]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium found; install it or set CHROMIUM")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--headless", "--no-sandbox"])
-        yield browser.new_page()
-        browser.close()
+def page(browser) -> Iterator[object]:
+    opened = browser.new_page()
+    yield opened
+    opened.close()
 
 
 @pytest.mark.slow
