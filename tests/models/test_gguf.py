@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from core.models.gguf import converted_gguf
 from core.models.open import open_model
 from core.types import ModelRef
 from tests.tiny import tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -137,8 +140,17 @@ def test_cancelling_leaves_nothing(tiny_gguf: Path, cache: Path, monkeypatch: py
 
 @pytest.mark.slow
 def test_two_processes_share_one_conversion(tiny_gguf: Path, cache: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(2) as pool:
-        folders = pool.map(converted_gguf, [tiny_gguf, tiny_gguf])
+    script = (
+        "import sys; from pathlib import Path; from core.models.gguf import converted_gguf; "
+        "print(converted_gguf(Path(sys.argv[1])))"
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, tiny_gguf], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    folders = [process.communicate(timeout=120)[0].strip() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
     assert folders[0] == folders[1]
-    assert [path.name for path in cache.iterdir() if path.is_dir()] == [folders[0].name]
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == [Path(folders[0]).name]
