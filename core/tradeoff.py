@@ -197,6 +197,8 @@ class Headline:
     objective: Objective
     value: float
     base: float
+    flagged: bool = False
+    """Its speed is of a flagged run, because no usable variant has another; then it is compared with nothing."""
 
     @property
     def change(self) -> float:
@@ -227,8 +229,8 @@ def headlines(frame: pd.DataFrame, *, tolerance: float | None = None) -> Headlin
     """Smallest and fastest usable variant within the quality ``tolerance``, and the one closest to the base.
 
     ``tolerance`` is in the unit of ``quality_column``; None takes ``QUALITY_TOLERANCE``. The base itself is
-    compared with, never counted. A speed of a flagged run (contention, no steady state …) is nobody's headline, and
-    nothing is compared with one.
+    compared with, never counted. A speed of a flagged run (contention, no steady state …) makes a headline only where
+    there is no other, says so, and nothing is compared with one.
     """
     quality = objective(quality_column(frame))
     limit = QUALITY_TOLERANCE[quality.column] if tolerance is None else tolerance
@@ -247,10 +249,14 @@ def headlines(frame: pd.DataFrame, *, tolerance: float | None = None) -> Headlin
         if column not in rows or not rows[column].notna().any():
             return None
         aim = OBJECTIVES[column]
-        row = rows.iloc[int(np.nanargmin(_cost(rows, column)))]
-        return Headline(
-            str(row["variant"]), str(row["name"]), aim, float(row[column]), float(base.get(column, np.nan))
-        )
+        place = int(np.nanargmin(_cost(rows, column)))
+        row = rows.iloc[place]
+        doubtful = aim.group == "speed" and bool(flagged.loc[rows.index].iloc[place])
+        against = np.nan if doubtful else float(base.get(column, np.nan))
+        return Headline(str(row["variant"]), str(row["name"]), aim, float(row[column]), against, doubtful)
+
+    def quickest(rows: pd.DataFrame) -> Headline | None:
+        return best(rows, "decode_tokens_per_s") or best(rows, "prefill_tokens_per_s")
 
     return Headlines(
         quality,
@@ -258,7 +264,7 @@ def headlines(frame: pd.DataFrame, *, tolerance: float | None = None) -> Headlin
         len(variants),
         len(within),
         smallest=best(within, "bytes"),
-        fastest=best(calm, "decode_tokens_per_s") or best(calm, "prefill_tokens_per_s"),
+        fastest=quickest(calm) or quickest(within),
         closest=best(variants, quality.column),
     )
 

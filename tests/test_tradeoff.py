@@ -198,7 +198,7 @@ def test_unknown_objective_lists_the_known():
     assert list(OBJECTIVES)[:3] == ["bytes", "bits_per_weight", "kl"]
 
 
-def test_a_flagged_speed_is_nobodys_headline_and_nothing_is_compared_with_one():
+def test_a_flagged_speed_is_a_headline_only_for_want_of_another_and_compared_with_nothing():
     frame = pd.DataFrame(
         {
             "variant": ["base", "calm", "busy"],
@@ -217,4 +217,7 @@ def test_a_flagged_speed_is_nobodys_headline_and_nothing_is_compared_with_one():
     against_flagged = headlines(frame.assign(flagged=[True, False, True])).fastest
     assert against_flagged is not None
     assert np.isnan(against_flagged.change)
-    assert headlines(frame.assign(flagged=True)).fastest is None
+    only_flagged = headlines(frame.assign(flagged=True)).fastest
+    assert only_flagged is not None
+    assert (only_flagged.variant, only_flagged.flagged) == ("busy", True)
+    assert np.isnan(only_flagged.change)

@@ -118,6 +118,9 @@ def _figure(label: str, figure: Headline | None) -> None:
         _card(label, "–", "none", "qualifies yet")
         return
     value = figure.objective.show(figure.value)
+    if figure.flagged:
+        _card(label, value, "flagged run", "see its conditions")
+        return
     if math.isnan(figure.change):
         _card(label, value, esc(figure.name), "", help=f"Variant {figure.variant}")
         return
