@@ -122,6 +122,14 @@ def test_quality_is_measured_in_the_dtype_the_artifact_declares(ask, model):
     assert (conditions["dtype"], conditions["base_dtype"]) == ("bfloat16", "float32")
 
 
+def test_an_encoder_goes_round_the_loop_too(ask, tmp_path):
+    encoder = str(tiny_folder("bert", tmp_path / "bert"))
+    made = ask("compress", "rtn", "--model", encoder, "--set", "bits=8", "--set", "group_size=channel")
+    run = ask("evaluate", made["open"], "--set", "max_documents=2")
+    measured = {m["name"]: m["value"] for m in run["measurements"]}
+    assert 0.9 < measured["cosine_agreement"] < 1
+
+
 def test_compare_of_an_empty_catalog_is_an_empty_list(ask, tmp_path):
     assert ask("compare", "--catalog", str(tmp_path / "other.sqlite")) == []
 

@@ -86,7 +86,7 @@ def run(
         vectors = _Vectors(base, variant, progress, settings.max_tokens, 3 if pairs else 1)
         cosine_N = _cosines(*vectors.of(texts, "sentences"))
         similar = _similarities(vectors, pairs) if pairs else None
-    bootstrap = Bootstrap(owner[-1] + 1, draws=settings.bootstrap_draws, seed=settings.seed)
+    bootstrap = Bootstrap(int(owner[-1]) + 1, draws=settings.bootstrap_draws, seed=settings.seed)
     metrics = list(_agreement_metrics(cosine_N, owner, bootstrap, same=variant is base))
     frames = {
         "sentences": pd.DataFrame({"document": owner, "sentence": texts, "cosine": cosine_N}).sort_values(
