@@ -21,11 +21,11 @@ SCRIPTS = Path(__file__).parent / "scripts"
 _OWN_ENGINE = '''"""{title}, through Slimscope's own engine."""
 from core.models.open import open_model
 from core.registry import get
-from core.types import ModelRef, Prompt
+from core.types import ModelRef, Prompt, silent
 
 method = get("{kind}", "{id}")
 settings = method.parse({settings!r})
-result = method.run(open_model(ModelRef.parse({source!r})), Prompt({text!r}), settings)
+result = method.run(open_model(ModelRef.parse({source!r})), Prompt({text!r}), silent, settings)
 print(result.frame)
 '''
 

@@ -24,7 +24,7 @@ from core.inspector import Inspector
 from core.models.loaded import LoadedModel
 from core.models.open import open_model
 from core.probes.logit_lens import LogitLensSettings, logit_lens
-from core.types import ModelRef, Prompt
+from core.types import ModelRef, Prompt, silent
 
 TEXT = (
     "When Mary and John went to the store, John gave a drink to Mary. The capital of France is Paris, and the "
@@ -90,7 +90,7 @@ def _rows(
 
     def lens(**settings: Any) -> Callable[[], object]:
         parsed = LogitLensSettings(**settings)
-        return lambda: logit_lens(loaded, prompt, parsed)
+        return lambda: logit_lens(loaded, prompt, silent, parsed)
 
     return {
         "plain forward": lambda: _forward(loaded, inputs),

@@ -102,9 +102,10 @@ def command_probe(args: argparse.Namespace) -> Any:
 
     method = get("probe", args.method)
     settings = method.parse_text(pairs(args.set))
-    loaded = opened(_catalog(), args.model, progress=terminal_progress())
+    progress = terminal_progress()
+    loaded = opened(_catalog(), args.model, progress=progress)
     method.refuse_if(loaded.missing_needs(method.needs), args.model)
-    return method.run(loaded, Prompt(args.text, args.second), settings)
+    return method.run(loaded, Prompt(args.text, args.second, args.image), progress, settings)
 
 
 def command_compress(args: argparse.Namespace) -> Any:
@@ -252,6 +253,7 @@ def _add_looking(add: Add) -> None:
     _takes_model(parser, "--model")
     parser.add_argument("--text", default=DEFAULT_TEXT, help="the prompt")
     parser.add_argument("--second", help="second text of a pair, for encoders")
+    parser.add_argument("--image", help="a vision model's input: an image file, or digits:N")
     _takes_settings(parser)
 
 

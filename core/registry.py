@@ -13,18 +13,31 @@ import json
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from core.errors import BadInput, BadSettings, UnknownMethod
+from core.types import Cost, Prompt
 
-Kind = Literal["probe", "compress", "evaluate", "profile"]
+if TYPE_CHECKING:
+    from core.models.anatomy import Anatomy
+
+Kind = Literal["probe", "train", "compress", "evaluate", "profile"]
 Need = Literal["decoder", "encoder", "vision", "text", "moe", "calibration", "cuda"]
+Question = Literal[
+    "What did it compute?",
+    "Why this token?",
+    "Which heads matter?",
+    "Where is the fact?",
+    "What does this layer know?",
+]
+"""What a reader of a model asks; every probe says which one it answers, and the page opens on them."""
 PACKAGES: dict[Kind, str] = {
     "probe": "core.probes",
+    "train": "core.train",
     "compress": "core.compress",
     "evaluate": "core.evaluate",
     "profile": "core.profile.runtimes",
@@ -35,6 +48,19 @@ class Settings(BaseModel):
     """Base of every method's settings: immutable, no unknown keys, every field described with its unit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A worked example of a probe: one click fills prompt and settings."""
+
+    title: str
+    prompt: Prompt
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+CostOf = Callable[["Anatomy", int, Any], Cost]
+"""Expected cost of one call from the model's anatomy, the prompt's tokens and the parsed settings; needs no torch."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +76,11 @@ class Method:
     needs: frozenset[Need]
     paper: str
     run: Callable[..., Any]
+    answers: Question | None = None
+    """Probes: the question it answers."""
+    examples: tuple[Example, ...] = ()
+    cost: CostOf | None = None
+    """None: about one forward pass."""
 
     def parse(self, values: dict[str, Any]) -> Settings:
         """Validate settings; raises ``BadSettings`` naming each wrong field, its value and what is allowed."""
@@ -92,7 +123,16 @@ _METHODS: dict[tuple[Kind, str], Method] = {}
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def method(kind: Kind, *, title: str, needs: Iterable[Need] = (), paper: str = "") -> Callable[[F], F]:
+def method(
+    kind: Kind,
+    *,
+    title: str,
+    needs: Iterable[Need] = (),
+    paper: str = "",
+    answers: Question | None = None,
+    examples: Iterable[Example] = (),
+    cost: CostOf | None = None,
+) -> Callable[[F], F]:
     """Register the decorated function under its file's name; its last parameter is ``settings``.
 
     The docstring's first line is the summary, the whole of it the page's "What am I looking at?".
@@ -118,7 +158,18 @@ def method(kind: Kind, *, title: str, needs: Iterable[Need] = (), paper: str = "
         text = inspect.getdoc(run)
         assert text, f"{run.__module__}: a method needs a docstring; its first line is the summary"
         _METHODS[kind, id_] = Method(
-            id_, kind, title, text.splitlines()[0], text, settings, frozenset(needs), paper, run
+            id_,
+            kind,
+            title,
+            text.splitlines()[0],
+            text,
+            settings,
+            frozenset(needs),
+            paper,
+            run,
+            answers,
+            tuple(examples),
+            cost,
         )
         return run
 

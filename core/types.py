@@ -23,7 +23,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "stored"]
 SourceKind = Literal["demo", "variant", "gguf", "folder", "hub"]
 Better = Literal["lower", "higher", "neither"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "lost"]
-RunKind = Literal["compress", "proof", "evaluate", "profile"]
+RunKind = Literal["compress", "proof", "evaluate", "profile", "probe", "train"]
 RunStatus = Literal["valid", "flagged"]
 Family = Literal["decoder", "encoder", "vision"]
 
@@ -120,15 +120,31 @@ def looks_local(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One input to a probe: text, and for encoders optionally the second text of a pair."""
+    """One input to a probe: text, for encoders optionally the second text of a pair, or an image."""
 
-    text: str
+    text: str = ""
     second: str | None = None
+    image: str | None = None
+    """A vision model's input: path of an image file, or ``digits:N``, row N of scikit-learn's digits."""
 
     @property
     def fingerprint(self) -> str:
-        """Content hash of the input."""
-        return content_hash([self.text, self.second])
+        """Content hash of the input; an image is named by the hash of its file."""
+        if self.image is None:
+            return content_hash([self.text, self.second])
+        path = Path(self.image)
+        name = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else self.image
+        return content_hash([self.text, self.second, name])
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method is expected to take, told before it runs."""
+
+    forwards: float
+    """Forward passes over the prompt; a backward pass counts as two."""
+    extra_bytes: int = 0
+    """Peak memory beside the model."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +174,8 @@ class Documents:
 class View:
     """How one frame of a result wants to be drawn: a kind, and which column plays which role."""
 
-    kind: Literal["heatmap", "line", "bar", "scatter", "tokens", "flow", "table"]
+    kind: Literal["heatmap", "line", "bar", "scatter", "tokens", "flow", "table", "image"]
+    """``image`` lays a frame of patch weights (x, y in pixels) over ``Result.images[frame]``."""
     x: str
     y: str | None = None
     color: str | None = None
@@ -226,6 +243,8 @@ class Result:
     """Plain sentences a reader must know to read the numbers right."""
     flags: tuple[str, ...] = ()
     """Why the numbers must be read with care, e.g. ``contention``; a flagged run is kept and marked."""
+    images: Mapping[str, bytes] = field(default_factory=dict)
+    """Name of a frame → the PNG picture it is laid over."""
 
     def __post_init__(self) -> None:
         for view in self.views:

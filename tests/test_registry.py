@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from core.errors import BadSettings, UnknownMethod
 from core.registry import PACKAGES, Method, get, method, methods
-from core.types import Prompt, Result
+from core.types import Prompt, Result, silent
 from tests.tiny import FAMILIES, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +58,7 @@ def test_a_probe_runs_on_every_family_it_claims_and_refuses_the_others(m: Method
     prompt = Prompt("one two three one two three")
     if loaded.missing_needs(m.needs):
         pytest.skip(f"{m.id} does not claim {family}")
-    result = m.run(loaded, prompt, m.parse({}))
+    result = m.run(loaded, prompt, silent, m.parse({}))
     assert isinstance(result, Result)
     assert result.views, "a result says how it wants to be drawn"
     for view in result.views:

@@ -122,7 +122,7 @@ class Calls:
         )
         progress(0, 1, f"running {method.title}")
         with loaded.lock:
-            result: Result = method.run(loaded, prompt, parsed)
+            result: Result = method.run(loaded, prompt, progress, parsed)
         return result
 
     def tokenize(self, progress: Progress, ref: ModelRef, text: str) -> tuple[Token, ...]:

@@ -23,7 +23,7 @@ from core.models.anatomy_verify import eager_attention
 from core.probes._provenance import provenance
 from core.probes._tokens import Encoded, encode
 from core.registry import Settings, method
-from core.types import Prompt, Result, View
+from core.types import Progress, Prompt, Result, View
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,9 @@ class AttentionPatternSettings(Settings):
 
 
 @method("probe", title="Attention pattern", needs=["text"], paper="https://arxiv.org/abs/2209.11895")
-def attention_pattern(loaded: LoadedModel, prompt: Prompt, settings: AttentionPatternSettings) -> Result:
+def attention_pattern(
+    loaded: LoadedModel, prompt: Prompt, progress: Progress, settings: AttentionPatternSettings
+) -> Result:
     """Compare all heads by where they look, and show one head's map.
 
     A pattern is softmax(q · k / √d): for each query position, weights over key positions that sum to 1. Entropy (nats)

@@ -31,7 +31,7 @@ from core.probes._distribution import (
 from core.probes._provenance import provenance
 from core.probes._tokens import Encoded, encode, limit_cells, token_texts
 from core.registry import Settings, method
-from core.types import Metric, Prompt, Result, View
+from core.types import Metric, Progress, Prompt, Result, View
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +57,9 @@ class LogitLensSettings(Settings):
 
 
 @method("probe", title="Logit lens", needs=["decoder", "text"], paper="https://arxiv.org/abs/2303.08112")
-def logit_lens(loaded: LoadedModel, prompt: Prompt, settings: LogitLensSettings) -> Result:
+def logit_lens(
+    loaded: LoadedModel, prompt: Prompt, progress: Progress, settings: LogitLensSettings
+) -> Result:
     """Read every layer's residual stream as a prediction of the next token.
 
     After layer l the residual stream h_l is passed through the model's own final norm, unembedding, scale and

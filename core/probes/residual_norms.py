@@ -19,7 +19,7 @@ from core.lazy import torch
 from core.probes._provenance import provenance
 from core.probes._tokens import Encoded, encode, limit_cells
 from core.registry import Settings, method
-from core.types import Metric, Prompt, Result, View
+from core.types import Metric, Progress, Prompt, Result, View
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,9 @@ class ResidualNormsSettings(Settings):
 
 
 @method("probe", title="Residual norms", needs=["text"], paper="https://arxiv.org/abs/2402.17762")
-def residual_norms(loaded: LoadedModel, prompt: Prompt, settings: ResidualNormsSettings) -> Result:
+def residual_norms(
+    loaded: LoadedModel, prompt: Prompt, progress: Progress, settings: ResidualNormsSettings
+) -> Result:
     """Follow the size of the residual stream through the layers.
 
     For each layer and position: the Euclidean norm of the residual stream, its cosine with the layer before, the norms

@@ -21,7 +21,7 @@ from core.probes._distribution import Described, describe, reader, rows_at_once
 from core.probes._provenance import provenance
 from core.probes._tokens import Encoded, encode, token_texts
 from core.registry import Settings, method
-from core.types import Metric, Prompt, Result, View
+from core.types import Metric, Progress, Prompt, Result, View
 
 if TYPE_CHECKING:
     from core.models.loaded import LoadedModel
@@ -32,7 +32,9 @@ class TokenSurprisalSettings(Settings):
 
 
 @method("probe", title="Token surprisal", needs=["decoder", "text"])
-def token_surprisal(loaded: LoadedModel, prompt: Prompt, settings: TokenSurprisalSettings) -> Result:
+def token_surprisal(
+    loaded: LoadedModel, prompt: Prompt, progress: Progress, settings: TokenSurprisalSettings
+) -> Result:
     """Show how unexpected each token is, given the tokens before it.
 
     Surprisal is −log p(token | prefix): in bits with log₂, in nats with ln. Rank 1 means that the model's first

@@ -40,12 +40,12 @@ def test_every_probe_has_a_script_that_parses(id_):
 def test_the_logit_lens_script_gives_our_numbers(tmp_path):
     """The script runs plain transformers in a process of its own; every entropy and KL must be ours."""
     from core.models.open import open_model
-    from core.types import ModelRef, Prompt
+    from core.types import ModelRef, Prompt, silent
     from tests.tiny import tiny_folder
 
     folder, text = tiny_folder("llama", tmp_path), "a small text about nothing"
     method = get("probe", "logit_lens")
-    ours = method.run(open_model(ModelRef(str(folder))), Prompt(text), method.parse({})).frame
+    ours = method.run(open_model(ModelRef(str(folder))), Prompt(text), silent, method.parse({})).frame
     script = with_constants((SCRIPTS / "logit_lens.py").read_text(), {"MODEL": str(folder), "TEXT": text})
     printed = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True

@@ -46,7 +46,7 @@ def test_open_describes_the_model(inspector: Inspector, folders: dict[str, Model
 def test_a_probe_gives_what_it_gives_in_process(inspector: Inspector, folders: dict[str, ModelRef]) -> None:
     there = inspector.probe("logit_lens", folders["llama"], PROMPT, {"top_k": 3})
     method = get("probe", "logit_lens")
-    here = method.run(open_model(folders["llama"]), PROMPT, method.parse({"top_k": 3}))
+    here = method.run(open_model(folders["llama"]), PROMPT, silent, method.parse({"top_k": 3}))
     for name, frame in here.frames.items():
         pd.testing.assert_frame_equal(there.frames[name], frame, rtol=1e-4, atol=1e-5)
     assert there.provenance.settings == here.provenance.settings

@@ -14,7 +14,7 @@ from core.errors import BadInput
 from core.models.anatomy_verify import eager_attention
 from core.probes import attention_pattern as module
 from core.probes.attention_pattern import AttentionPatternSettings, attention_pattern
-from core.types import Prompt
+from core.types import Prompt, silent
 from tests.induction import induction_model, repeated_prompt
 from tests.references.slow_probes import head_scores_by_hand
 from tests.tiny import FAMILIES, tiny_model
@@ -33,7 +33,7 @@ def head(frame: pd.DataFrame, layer: int, index: int) -> pd.Series:
 def test_rows_sum_to_one_and_nothing_looks_ahead(family: str) -> None:
     loaded = tiny_model(family)
     kernel = loaded.model.config._attn_implementation
-    result = attention_pattern(loaded, PROMPT, AttentionPatternSettings(layer=1, head=2))
+    result = attention_pattern(loaded, PROMPT, silent, AttentionPatternSettings(layer=1, head=2))
     assert result.provenance.exactness_gap == pytest.approx(0, abs=2e-6)
     assert len(result.frame) == loaded.anatomy.n_layers * loaded.anatomy.n_heads
     assert loaded.model.config._attn_implementation == kernel, "the model's own kernel must be put back"
@@ -54,7 +54,7 @@ def test_the_gap_sees_a_head_that_looks_ahead() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_scores_equal_the_slow_reference(family: str) -> None:
     loaded = tiny_model(family)
-    result = attention_pattern(loaded, PROMPT, AttentionPatternSettings())
+    result = attention_pattern(loaded, PROMPT, silent, AttentionPatternSettings())
     ids = loaded.tokenizer(PROMPT.text)["input_ids"]
     paths = [block.attention for block in loaded.anatomy.blocks]
     with torch.inference_mode(), eager_attention(loaded.model), capture(loaded.model, paths, item=1) as maps:
@@ -69,7 +69,9 @@ def test_scores_equal_the_slow_reference(family: str) -> None:
 @pytest.mark.parametrize("beta", [5.0, 10.0, 40.0])
 def test_induction_model_has_the_closed_form_answers(beta: float) -> None:
     length = 12
-    result = attention_pattern(induction_model(beta), repeated_prompt(length), AttentionPatternSettings())
+    result = attention_pattern(
+        induction_model(beta), repeated_prompt(length), silent, AttentionPatternSettings()
+    )
     positions = range(1, 2 * length + 1)
     previous = np.mean([1 / (1 + p * math.exp(-beta)) for p in positions])
     assert head(result.frame, 0, 0)["previous_token_share"] == pytest.approx(previous, abs=1e-5)
@@ -91,7 +93,7 @@ def test_a_window_limits_the_largest_possible_entropy() -> None:
 
 
 def test_a_prompt_without_repeats_has_no_induction_score() -> None:
-    result = attention_pattern(induction_model(10.0), Prompt("@ a b c d"), AttentionPatternSettings())
+    result = attention_pattern(induction_model(10.0), Prompt("@ a b c d"), silent, AttentionPatternSettings())
     assert result.frame["induction_score"].isna().all()
     assert all(view.color != "induction_score" for view in result.views)
     assert any("not scored" in note for note in result.notes)
@@ -114,11 +116,13 @@ def test_binned_maps_keep_their_rows(n: int, most: int, monkeypatch: pytest.Monk
 
 def test_a_head_that_does_not_exist_is_refused() -> None:
     with pytest.raises(BadInput, match=r"head 4 does not exist: .* has 4, from 0 to 3"):
-        attention_pattern(tiny_model("llama"), PROMPT, AttentionPatternSettings(head=4))
+        attention_pattern(tiny_model("llama"), PROMPT, silent, AttentionPatternSettings(head=4))
     with pytest.raises(BadInput, match="layer 3 does not exist"):
-        attention_pattern(tiny_model("llama"), PROMPT, AttentionPatternSettings(layer=3))
+        attention_pattern(tiny_model("llama"), PROMPT, silent, AttentionPatternSettings(layer=3))
 
 
 def test_a_pair_of_texts_goes_to_an_encoder() -> None:
-    result = attention_pattern(tiny_model("bert"), Prompt("water boils", "paris"), AttentionPatternSettings())
+    result = attention_pattern(
+        tiny_model("bert"), Prompt("water boils", "paris"), silent, AttentionPatternSettings()
+    )
     assert result.frames["tokens"]["token"].tolist().count("[SEP]") == 2

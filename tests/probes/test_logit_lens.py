@@ -15,7 +15,7 @@ from core.models.open import open_model
 from core.probes import _distribution, _tokens
 from core.probes._distribution import Reference, describe
 from core.probes.logit_lens import LogitLensSettings, _settling_layers, logit_lens
-from core.types import ModelRef, Prompt
+from core.types import ModelRef, Prompt, silent
 from tests.induction import EPSILON, START, D, induction_model, repeated_prompt
 from tests.references.slow_probes import lens_by_hand
 from tests.tiny import DECODERS, tiny_folder, tiny_model
@@ -30,7 +30,7 @@ def cell(frame: pd.DataFrame, layer: int) -> pd.DataFrame:
 @pytest.mark.parametrize("family", DECODERS)
 def test_last_layer_is_the_model_bit_for_bit(family: str) -> None:
     loaded = tiny_model(family)
-    result = logit_lens(loaded, PROMPT, LogitLensSettings(positions=0, fp32_path="exact"))
+    result = logit_lens(loaded, PROMPT, silent, LogitLensSettings(positions=0, fp32_path="exact"))
     assert result.provenance.exactness_gap == 0
     last = cell(result.frame, loaded.anatomy.n_layers)
     assert (last["kl_to_final_nats"] == 0).all()
@@ -44,7 +44,7 @@ def test_last_layer_is_the_model_bit_for_bit(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_every_cell_equals_the_slow_reference(family: str) -> None:
     loaded = tiny_model(family)
-    result = logit_lens(loaded, PROMPT, LogitLensSettings(positions=0))
+    result = logit_lens(loaded, PROMPT, silent, LogitLensSettings(positions=0))
     ids = loaded.tokenizer(PROMPT.text)["input_ids"]
     top = result.frames["topk"].query("rank == 1")["token_id"].to_numpy().reshape(-1, len(ids))
     for layer, row in enumerate(lens_by_hand(loaded, ids)):
@@ -63,7 +63,7 @@ def test_every_cell_equals_the_slow_reference(family: str) -> None:
 @pytest.mark.parametrize("family", DECODERS)
 def test_bounds_hold(family: str) -> None:
     loaded = tiny_model(family)
-    result = logit_lens(loaded, PROMPT, LogitLensSettings(top_k=20))
+    result = logit_lens(loaded, PROMPT, silent, LogitLensSettings(top_k=20))
     frame = result.frame
     vocab = loaded.anatomy.vocab_size
     assert frame["entropy_nats"].between(0, math.log(vocab) + 1e-5).all()
@@ -76,9 +76,9 @@ def test_bounds_hold(family: str) -> None:
 
 def test_batches_of_rows_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = tiny_model("llama")
-    whole = logit_lens(loaded, PROMPT, LogitLensSettings(positions=0))
+    whole = logit_lens(loaded, PROMPT, silent, LogitLensSettings(positions=0))
     monkeypatch.setattr(_distribution, "ROWS_BYTES", 4 * loaded.anatomy.vocab_size * 7)
-    parts = logit_lens(loaded, PROMPT, LogitLensSettings(positions=0))
+    parts = logit_lens(loaded, PROMPT, silent, LogitLensSettings(positions=0))
     assert parts.provenance.exactness_gap == pytest.approx(0, abs=1e-5)
     for name in whole.frames:
         pd.testing.assert_frame_equal(whole.frames[name], parts.frames[name], rtol=1e-4, atol=1e-5)
@@ -86,8 +86,8 @@ def test_batches_of_rows_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPat
 
 def test_positions_and_stride_choose_cells_without_changing_them() -> None:
     loaded = tiny_model("qwen3")
-    whole = logit_lens(loaded, PROMPT, LogitLensSettings(positions=0)).frame
-    part = logit_lens(loaded, PROMPT, LogitLensSettings(positions=5, layer_stride=2)).frame
+    whole = logit_lens(loaded, PROMPT, silent, LogitLensSettings(positions=0)).frame
+    part = logit_lens(loaded, PROMPT, silent, LogitLensSettings(positions=5, layer_stride=2)).frame
     assert sorted(part["layer"].unique()) == [0, 2, 3], "the last layer is always shown"
     n = whole["position"].max() + 1
     chosen = whole[whole["layer"].isin([0, 2, 3]) & (whole["position"] >= n - 5)].reset_index(drop=True)
@@ -98,7 +98,7 @@ def test_induction_model_has_the_closed_form_answers() -> None:
     """Before layer 1 the model knows nothing; after it, the logit of the right answer is 2 / √(8/d + ε)."""
     length = 12
     loaded = induction_model(40.0)
-    result = logit_lens(loaded, repeated_prompt(length), LogitLensSettings(positions=0))
+    result = logit_lens(loaded, repeated_prompt(length), silent, LogitLensSettings(positions=0))
     half = range(length + 1, 2 * length)
     blind = cell(result.frame, 1)
     assert blind["entropy_nats"].to_numpy() == pytest.approx(math.log(START + 1), abs=1e-5)
@@ -131,7 +131,7 @@ def test_settling_layer_is_where_the_top_token_stops_changing() -> None:
 
 def test_bfloat16_unembedding_is_marked_as_a_preview() -> None:
     loaded = tiny_model("llama")
-    preview = logit_lens(loaded, PROMPT, LogitLensSettings(unembedding_precision="bfloat16"))
+    preview = logit_lens(loaded, PROMPT, silent, LogitLensSettings(unembedding_precision="bfloat16"))
     assert preview.flags == ("preview",)
     assert preview.provenance.exactness_gap is not None
     assert 1e-5 < preview.provenance.exactness_gap < 0.1
@@ -147,16 +147,16 @@ def test_bfloat16_unembedding_is_marked_as_a_preview() -> None:
 )
 def test_unusable_prompts_are_refused(text: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        logit_lens(tiny_model("llama"), Prompt(text), LogitLensSettings())
+        logit_lens(tiny_model("llama"), Prompt(text), silent, LogitLensSettings())
 
 
 def test_a_pair_and_a_map_too_large_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = tiny_model("llama")
     with pytest.raises(BadInput, match="second text"):
-        logit_lens(loaded, Prompt("a", "b"), LogitLensSettings())
+        logit_lens(loaded, Prompt("a", "b"), silent, LogitLensSettings())
     monkeypatch.setattr(_tokens, "MAX_CELLS", 20)
     with pytest.raises(BadInput, match="set positions to at most 5"):
-        logit_lens(loaded, PROMPT, LogitLensSettings())
+        logit_lens(loaded, PROMPT, silent, LogitLensSettings())
 
 
 def test_logits_that_are_not_finite_name_their_layer(tmp_path: Path) -> None:
@@ -164,4 +164,4 @@ def test_logits_that_are_not_finite_name_their_layer(tmp_path: Path) -> None:
     with torch.no_grad():
         loaded.model.get_submodule(loaded.anatomy.blocks[1].path).mlp.down_proj.weight[3, 3] = math.inf
     with pytest.raises(SlimscopeError, match=r"logits at layer [23] are not finite"):
-        logit_lens(loaded, PROMPT, LogitLensSettings())
+        logit_lens(loaded, PROMPT, silent, LogitLensSettings())

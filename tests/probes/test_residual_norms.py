@@ -12,7 +12,7 @@ from core.capture import capture_residual
 from core.errors import SlimscopeError
 from core.models.open import open_model
 from core.probes.residual_norms import ResidualNormsSettings, residual_norms
-from core.types import ModelRef, Prompt
+from core.types import ModelRef, Prompt, silent
 from tests.induction import D, induction_model, repeated_prompt
 from tests.tiny import FAMILIES, tiny_folder, tiny_model
 
@@ -24,7 +24,7 @@ TEXT_FAMILIES = [family for family in FAMILIES if family != "vit"]
 @pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_the_stream_is_the_sum_of_what_was_written(family: str) -> None:
     loaded = tiny_model(family)
-    result = residual_norms(loaded, PROMPT, SETTINGS)
+    result = residual_norms(loaded, PROMPT, silent, SETTINGS)
     if loaded.anatomy.norm_place == "post":
         assert result.provenance.exactness_gap is None
     else:
@@ -38,7 +38,7 @@ def test_the_stream_is_the_sum_of_what_was_written(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "bert", "opt"])
 def test_norms_and_largest_dimensions_equal_the_captured_stream(family: str) -> None:
     loaded = tiny_model(family)
-    frame = residual_norms(loaded, PROMPT, SETTINGS).frame
+    frame = residual_norms(loaded, PROMPT, silent, SETTINGS).frame
     ids = torch.tensor([loaded.tokenizer(PROMPT.text)["input_ids"]])
     with torch.inference_mode(), capture_residual(loaded) as residual:
         loaded.model(ids)
@@ -55,7 +55,7 @@ def test_induction_model_has_the_closed_form_norms() -> None:
     """Every code is a pair ±1, so a stream holding n codes has norm √(2n)."""
     length = 12
     loaded = induction_model(40.0)
-    frame = residual_norms(loaded, repeated_prompt(length), SETTINGS).frame
+    frame = residual_norms(loaded, repeated_prompt(length), silent, SETTINGS).frame
     half = frame[frame["position"] > length]
     for layer, codes in ((0, 2), (1, 3), (2, 4)):
         norms = half.loc[half["layer"] == layer, "norm"].to_numpy()
@@ -72,7 +72,7 @@ def test_a_planted_sink_and_massive_activation_are_found() -> None:
     with torch.no_grad():
         embedding[0, D - 1] = 5_000.0
     try:
-        result = residual_norms(loaded, repeated_prompt(6), SETTINGS)
+        result = residual_norms(loaded, repeated_prompt(6), silent, SETTINGS)
     finally:
         with torch.no_grad():
             embedding[0] = saved
@@ -92,8 +92,8 @@ def test_a_planted_sink_and_massive_activation_are_found() -> None:
 
 def test_positions_choose_rows_without_changing_them() -> None:
     loaded = tiny_model("llama")
-    whole = residual_norms(loaded, PROMPT, SETTINGS).frame
-    part = residual_norms(loaded, PROMPT, ResidualNormsSettings(positions=3)).frame
+    whole = residual_norms(loaded, PROMPT, silent, SETTINGS).frame
+    part = residual_norms(loaded, PROMPT, silent, ResidualNormsSettings(positions=3)).frame
     first = whole["position"].max() - 2
     assert part.equals(whole[whole["position"] >= first].reset_index(drop=True))
 
@@ -103,4 +103,4 @@ def test_a_stream_that_is_not_finite_names_its_layer(tmp_path: Path) -> None:
     with torch.no_grad():
         loaded.model.get_submodule(loaded.anatomy.blocks[1].path).mlp.down_proj.weight[3, 3] = math.inf
     with pytest.raises(SlimscopeError, match="after layer 2 is not finite"):
-        residual_norms(loaded, PROMPT, SETTINGS)
+        residual_norms(loaded, PROMPT, silent, SETTINGS)

@@ -1,0 +1,1 @@
+"""Trained instruments: what a probe needs and has to learn first, stored as artifacts."""
