@@ -68,11 +68,10 @@ def quantile(samples: Sequence[float], q: float, *, alpha: float = ALPHA) -> Int
     effective = max(1, round(n * (1 - r) / (1 + r))) if r > max(CORRELATED, 1.96 / math.sqrt(n)) else n
     lower, upper = interval_ranks(effective, q, alpha=alpha)
     ordered = np.sort(np.asarray(samples, dtype=float))
-    stretch = n / effective
     return Interval(
         value=float(np.median(ordered)) if q == 0.5 else float(ordered[math.ceil(q * n) - 1]),
-        low=None if lower is None else float(ordered[math.floor((lower - 1) * stretch)]),
-        high=None if upper is None else float(ordered[math.ceil(upper * stretch) - 1]),
+        low=None if lower is None else float(ordered[(lower - 1) * n // effective]),
+        high=None if upper is None else float(ordered[-(-upper * n // effective) - 1]),
         n=n,
         effective_n=effective,
     )
