@@ -14,7 +14,7 @@ import time
 M_ARENA_MAX = -8
 """``mallopt(3)``."""
 HEAPS = 2
-EVERY_S = 20.0
+EVERY_S = 5.0
 
 
 def keep_small() -> None:

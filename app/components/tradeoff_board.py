@@ -170,20 +170,21 @@ def front_chart(scene: Scene, *, variant: str | None) -> Any:
 
 
 def _selected(key: str) -> None:
-    """What changed in the chart since its last word: a click, a drag, or both."""
+    """What changed in the chart since its last word: a click, a drag, or both.
+
+    An empty selection changes nothing: a chart that is drawn again says so too, and on a slow machine later than
+    the click that made it be drawn again. The Clear buttons are what clears.
+    """
     selection = st.session_state[key]["selection"]
     seen = st.session_state.setdefault(f"{key}_seen", {})
     points = selection.get(tradeoff_chart.POINT) or []
-    variant = points[0]["variant"] if points else None
-    if variant != seen.get("variant"):
-        pick(variant)
+    if points and points[0]["variant"] != seen.get("variant"):
+        seen["variant"] = points[0]["variant"]
+        pick(seen["variant"])
     drag = selection.get(tradeoff_chart.BRUSH) or {}
-    if drag != seen.get("drag", {}):
-        if {"x", "y"} <= set(drag):
-            st.query_params["brush"] = ",".join(f"{end:.6g}" for end in [*drag["x"], *drag["y"]])
-        else:
-            st.query_params.pop("brush", None)
-    st.session_state[f"{key}_seen"] = {"variant": variant, "drag": drag}
+    if {"x", "y"} <= set(drag) and drag != seen.get("drag"):
+        seen["drag"] = drag
+        st.query_params["brush"] = ",".join(f"{end:.6g}" for end in [*drag["x"], *drag["y"]])
 
 
 def _reading(scene: Scene) -> str:
@@ -241,8 +242,10 @@ def variant_table(frame: pd.DataFrame, chosen: pd.Series, scene: Scene, *, varia
 
 
 def _row_selected(ids: Sequence[str]) -> None:
+    """A table that is drawn again may report no row, as the chart does; see ``_selected``."""
     rows = st.session_state["variants"]["selection"]["rows"]
-    repick(ids[rows[0]] if rows else None)
+    if rows:
+        repick(ids[rows[0]])
 
 
 def _columns(frame: pd.DataFrame, domain: Sequence[str]) -> dict[str, Any]:

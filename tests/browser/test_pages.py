@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import re
 from pathlib import Path
 
@@ -153,8 +154,14 @@ def test_axe_finds_nothing_of_ours(page, server, model, tradeoffs, scheme):
 
 
 def test_the_dashboard_stays_light(page, server, model):
-    """After pages and probes were used: no torch in the process, and less than 250 MB."""
+    """After pages and probes were used: no torch in the process, and it comes to rest below 250 MB.
+
+    The tests before this one left sessions that Streamlit keeps for two minutes in case their tab comes back.
+    """
     inspect(page, server, model)
     process = psutil.Process(server.pid)
     assert not [m.path for m in process.memory_maps() if "libtorch" in m.path]
+    ends = time.monotonic() + 180
+    while process.memory_info().rss >= 250e6 and time.monotonic() < ends:
+        time.sleep(1)
     assert process.memory_info().rss < 250e6, f"{process.memory_info().rss / 1e6:.0f} MB"
