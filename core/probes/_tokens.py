@@ -105,6 +105,16 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     )
 
 
+def token_named(tokenizer: Any, text: str) -> int | None:
+    """The id of the one token that ``token_texts`` shows as ``text``; None when there is none."""
+    vocabulary = tokenizer.get_vocab()
+    spelling = text.replace(" ", "▁")
+    if _is_byte_level(tokenizer):
+        spelling = "".join(_character_of_byte()[byte] for byte in text.encode())
+    found: int | None = vocabulary.get(spelling, vocabulary.get(text))
+    return found
+
+
 def _readable(token: str, byte_level: bool) -> str:
     if not byte_level:
         return _BYTE_FALLBACK.sub(lambda match: rf"\x{match[1].lower()}", token).replace("▁", " ")
@@ -171,3 +181,8 @@ def _byte_of_character() -> dict[str, int]:
     table = {chr(byte): byte for byte in printable}
     table.update({chr(0x100 + index): byte for index, byte in enumerate(others)})
     return table
+
+
+@cache
+def _character_of_byte() -> dict[int, str]:
+    return {byte: character for character, byte in _byte_of_character().items()}
