@@ -96,7 +96,8 @@ def command_methods(args: argparse.Namespace) -> Any:
 
 
 def command_probe(args: argparse.Namespace) -> Any:
-    """Look inside a model with one probe."""
+    """Look inside a model with one probe, or say what that would cost."""
+    from core.bench import refuse_misfit
     from core.loop import opened
     from core.registry import get
 
@@ -104,8 +105,26 @@ def command_probe(args: argparse.Namespace) -> Any:
     settings = method.parse_text(pairs(args.set))
     progress = terminal_progress()
     loaded = opened(_catalog(), args.model, progress=progress)
-    method.refuse_if(loaded.missing_needs(method.needs), args.model)
-    return method.run(loaded, Prompt(args.text, args.second, args.image), progress, settings)
+    refuse_misfit(method, loaded)
+    prompt = Prompt(args.text, args.second, args.image)
+    if args.dry_run:
+        from core.estimate import estimate
+        from core.models.pace import measure_pace, n_positions
+
+        n = n_positions(loaded, prompt)
+        return estimate(method, loaded.anatomy, measure_pace(loaded), n, settings)
+    return method.run(loaded, prompt, progress, settings)
+
+
+def command_train(args: argparse.Namespace) -> Any:
+    """Train an instrument on a model's activations; its artifact is what a probe's setting takes."""
+    from core.bench import train_on
+    from core.registry import get
+
+    settings = get("train", args.method).parse_text(pairs(args.set)).model_dump(mode="json")
+    return train_on(
+        _catalog(), args.model, args.method, text=args.text, settings=settings, progress=terminal_progress()
+    )
 
 
 def command_compress(args: argparse.Namespace) -> Any:
@@ -254,6 +273,12 @@ def _add_looking(add: Add) -> None:
     parser.add_argument("--text", default=DEFAULT_TEXT, help="the prompt")
     parser.add_argument("--second", help="second text of a pair, for encoders")
     parser.add_argument("--image", help="a vision model's input: an image file, or digits:N")
+    parser.add_argument("--dry-run", action="store_true", help="only say what it is expected to take")
+    _takes_settings(parser)
+    parser = add("train", command_train)
+    parser.add_argument("method", help="id of a training method")
+    _takes_model(parser, "--model")
+    _takes_text(parser, "--text")
     _takes_settings(parser)
 
 

@@ -101,6 +101,13 @@ def register(catalog: Catalog, model: str, *, progress: Progress = silent) -> Va
     return _enter_base(catalog, opened(catalog, model, progress=progress))
 
 
+def entry_of(catalog: Catalog, loaded: LoadedModel) -> Variant:
+    """The catalog's entry of an opened model, made if it is a base that was not there."""
+    if loaded.ref.kind == "variant":
+        return catalog.variant(loaded.ref.source.removeprefix("variant:"))
+    return _enter_base(catalog, loaded)
+
+
 def make_variant(
     catalog: Catalog,
     model: str,
@@ -118,7 +125,7 @@ def make_variant(
     from core.text.documents import load_documents
 
     loaded = opened(catalog, model, progress=part_of(progress, 0.0, 0.15))
-    parent = _entry_of(catalog, loaded)
+    parent = entry_of(catalog, loaded)
     id_ = recipe.variant_id(loaded.fingerprint)
     known = _proven(catalog, id_)
     if known is not None:
@@ -255,13 +262,6 @@ def _proven(catalog: Catalog, id_: str) -> Made | None:
         if known.proven and known.artifact and proofs:
             return Made(catalog.add_variant(known), proofs[0], reused=True)
     return None
-
-
-def _entry_of(catalog: Catalog, loaded: LoadedModel) -> Variant:
-    """The catalog's entry of an opened model, made if it is a base that was not there."""
-    if loaded.ref.kind == "variant":
-        return catalog.variant(loaded.ref.source.removeprefix("variant:"))
-    return _enter_base(catalog, loaded)
 
 
 def _enter_base(catalog: Catalog, loaded: LoadedModel) -> Variant:

@@ -5,6 +5,7 @@ Knows the shapes of our records and nothing of what they mean.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import sys
@@ -50,6 +51,8 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, bytes):  # a picture
+        return base64.b64encode(value).decode()
     if hasattr(value, "item"):  # a NumPy scalar
         return plain(value.item())
     return None if value is pd.NaT or value is pd.NA else str(value)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import Select, delete, select, update
 
 from core.catalog.store import Catalog
-from core.catalog.tables import ArtifactRow, FrameRow, VariantRow
+from core.catalog.tables import ArtifactRow, FrameRow, RunRow, VariantRow
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Purge:
 
 
 def purge(catalog: Catalog, *, dry_run: bool) -> Purge:
-    """Delete the files of hidden variants that no visible one shares; their runs and recipes stay.
+    """Delete the files of hidden variants that no visible one and no run shares; their runs and recipes stay.
 
     The rows go first: a crash afterwards leaves files that nothing lists, never a listed variant without files.
     """
@@ -29,6 +29,7 @@ def purge(catalog: Catalog, *, dry_run: bool) -> Purge:
         ArtifactRow.hash.in_(stored),
         ArtifactRow.hash.not_in(stored.where(VariantRow.hidden.is_(False))),
         ArtifactRow.hash.not_in(select(FrameRow.artifact)),
+        *(ArtifactRow.hash.not_in(_kept_by_runs(role)) for role in ("artifact", "result")),
     )
     if dry_run:
         with catalog.read() as session:
@@ -42,3 +43,9 @@ def purge(catalog: Catalog, *, dry_run: bool) -> Purge:
     for hash_ in hashes:
         catalog.artifacts.remove(hash_)
     return Purge(hashes, sum(row.bytes for row in doomed), dry_run)
+
+
+def _kept_by_runs(role: str) -> Select[tuple[str]]:
+    """What trainings made and what probes found: artifacts that a run names under ``role`` in its conditions."""
+    hash_ = RunRow.conditions[role].as_string()
+    return select(hash_).where(RunRow.kind.in_(("probe", "train")), hash_.is_not(None))

@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 from sqlalchemy import func, select
 
+from core.catalog.records import run_record
 from core.catalog.store import Catalog
-from core.catalog.tables import FrameRow, Headline, RecipeRow, RunRow, VariantRow
+from core.catalog.tables import FrameRow, Headline, MeasurementRow, RecipeRow, RunRow, VariantRow
+from core.errors import BadInput
 from core.types import Run, Variant
 
 MEASURES = (
@@ -47,7 +49,8 @@ _VARIANT_COLUMNS = {
 
 @dataclass(frozen=True)
 class VariantDetail:
-    """Everything about one variant: its ancestors (nearest first), its runs, its layers, its kept frames."""
+    """Everything about one variant: its ancestors (nearest first), its runs (but those that look inside), its layers,
+    its kept frames."""
 
     variant: Variant
     lineage: tuple[Variant, ...]
@@ -177,7 +180,29 @@ def variant_detail(catalog: Catalog, variant_id: str) -> VariantDetail:
     return VariantDetail(
         variant,
         lineage(catalog, variant_id),
-        tuple(catalog.runs(variant_id)),
+        tuple(run for run in catalog.runs(variant_id) if run.kind not in ("probe", "train")),
         catalog.layer_errors(variant_id),
         kept,
     )
+
+
+def run_of(catalog: Catalog, run_id: str) -> Run:
+    """One run with its measurements; raises ``BadInput`` when there is none of that id."""
+    with catalog.read() as session:
+        row = session.get(RunRow, run_id)
+        if row is None:
+            raise BadInput(f"no run is called {run_id!r} in this catalog")
+        measured = select(MeasurementRow).where(MeasurementRow.run_id == run_id).order_by(MeasurementRow.id)
+        return run_record(row, session.scalars(measured))
+
+
+def trained(catalog: Catalog, base_id: str) -> list[Run]:
+    """The trainings on a base and on its variants, newest first; ``conditions`` has artifact, method and facts."""
+    query = (
+        select(RunRow)
+        .join(VariantRow, VariantRow.id == RunRow.variant_id)
+        .where(RunRow.kind == "train", VariantRow.base_id == base_id)
+        .order_by(RunRow.ended_at.desc(), RunRow.id)
+    )
+    with catalog.read() as session:
+        return [run_record(row, ()) for row in session.scalars(query)]

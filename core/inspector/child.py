@@ -19,10 +19,12 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import psutil
 
@@ -33,6 +35,7 @@ from core.types import ModelRef, Progress, Prompt, Result
 
 if TYPE_CHECKING:
     from core.models.loaded import LoadedModel
+    from core.models.pace import Pace
     from core.models.sizes import ModelCard
 
 Opener = Callable[[ModelRef, Progress], "LoadedModel"]
@@ -97,18 +100,22 @@ class Calls:
 
     def __init__(self, models: WarmModels) -> None:
         self.models = models
+        self._paces: WeakKeyDictionary[LoadedModel, Pace] = WeakKeyDictionary()
 
     def ping(self, progress: Progress) -> list[str]:
         """The sources of the warm models, least recently used first."""
         return self.models.sources()
 
     def open(self, progress: Progress, ref: ModelRef) -> ModelCard:
-        """Open a model (or find it warm) and describe it."""
+        """Open a model (or find it warm), describe it, and time a forward pass of it once."""
         loaded = self.models.get(ref, progress)
+        from core.models.pace import measure_pace
         from core.models.sizes import model_card
 
         progress(0, 1, f"describing {ref}")
-        return model_card(loaded)
+        if loaded not in self._paces:
+            self._paces[loaded] = measure_pace(loaded)
+        return replace(model_card(loaded), pace=self._paces[loaded])
 
     def probe(
         self, progress: Progress, method_id: str, ref: ModelRef, prompt: Prompt, settings: dict[str, Any]

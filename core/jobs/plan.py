@@ -1,7 +1,7 @@
 """Which jobs one click means: the specs that ``core.jobs.tasks`` reads, and the order they wait in.
 
 Submitting a recipe is "make it, prove it, evaluate it, profile it"; its base is measured along with it when that
-was never done. Nothing is run here.
+was never done. A probe or a training is one job. Nothing is run here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from core.jobs.queue import Queue, device_token
 from core.jobs.states import ACTIVE
 from core.recipe import Recipe
 from core.registry import get
-from core.types import Job, ModelRef
+from core.types import Job, ModelRef, Prompt
 
 EVALUATE: dict[str, Any] = {"method": None, "settings": {}, "documents": {"source": "pydoc"}}
 """The default evaluation: by the model's family, on the text every machine has."""
@@ -43,7 +43,7 @@ def submit_variant(
     source = ModelRef.parse(model).located  # the worker runs in another folder
     quality, speed = _evaluation(evaluate), _profiling(profile)
     written = json.loads(recipe.canonical())
-    waiting = _active(queue, source)
+    waiting = [job for job in _active(queue, source) if "recipe" in job.spec]
     again = [job for job in waiting if job.spec.get("recipe") == written]
     if again:
         return again[::-1]
@@ -53,6 +53,50 @@ def submit_variant(
     if not base_waits and not _base_is_measured(queue, source):
         jobs += _measure(queue, source, None, quality, speed, group_id=made.group_id)
     return jobs
+
+
+def submit_probe(
+    queue: Queue, *, model: str, method: str, prompt: Prompt, settings: Mapping[str, Any]
+) -> Job:
+    """Queue one probe call; the same call still waiting or running is returned as it is.
+
+    Raises ``BadInput`` for a model, probe or settings that cannot be.
+    """
+    get("probe", method).parse(dict(settings))
+    image = prompt.image
+    if image is not None and Path(image).is_file():
+        image = str(Path(image).resolve())  # the worker runs in another folder
+    asked = {"text": prompt.text, "second": prompt.second, "image": image}
+    return _submit_once(
+        queue, "probe", model, {"method": method, "prompt": asked, "settings": dict(settings)}
+    )
+
+
+def submit_train(queue: Queue, *, model: str, method: str, text: str, settings: Mapping[str, Any]) -> Job:
+    """Queue one training; the same one still waiting or running is returned as it is.
+
+    Raises ``BadInput`` for a model, method or settings that cannot be.
+    """
+    get("train", method).parse(dict(settings))
+    documents = {"source": _located_text(text)}
+    return _submit_once(
+        queue, "train", model, {"method": method, "documents": documents, "settings": dict(settings)}
+    )
+
+
+def _submit_once(queue: Queue, kind: str, model: str, asked: dict[str, Any]) -> Job:
+    spec = {"model": ModelRef.parse(model).located, **asked}
+    for job in _active(queue, spec["model"]):
+        if job.kind == kind and job.spec == spec:
+            return job
+    return queue.submit(kind, spec)
+
+
+def _located_text(source: str) -> str:
+    """A text source that means the same in the worker, which runs in another folder."""
+    return (
+        source if source == "pydoc" or source.startswith("hub:") else str(Path(source).expanduser().resolve())
+    )
 
 
 def _measure(
@@ -79,10 +123,7 @@ def _evaluation(asked: Mapping[str, Any] | None) -> dict[str, Any]:
     full = {**EVALUATE, **(asked or {})}
     if full["method"] is not None:
         get("evaluate", full["method"]).parse(full["settings"])
-    source = full["documents"]["source"]
-    if source != "pydoc" and not source.startswith("hub:"):
-        source = str(Path(source).expanduser().resolve())  # the worker runs in another folder
-    return {**full, "documents": {"source": source}}
+    return {**full, "documents": {"source": _located_text(full["documents"]["source"])}}
 
 
 def _profiling(asked: Mapping[str, Any] | None) -> dict[str, Any]:

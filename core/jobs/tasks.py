@@ -1,4 +1,5 @@
-"""What a job can do: task functions by kind, each a thin step from a job's spec onto ``core.loop``.
+"""What a job can do: task functions by kind, each a thin step from a job's spec onto ``core.loop`` or
+``core.bench``.
 
 A task is ``task(spec, context) -> result``: ``spec`` and ``result`` are plain JSON; ``context`` is a
 ``core.jobs.context.TaskContext``. Specs are written by ``core.jobs.plan``.
@@ -10,7 +11,7 @@ from typing import Any
 
 from core.jobs.context import Task, TaskContext
 from core.recipe import Recipe
-from core.types import Run
+from core.types import Prompt, Run
 
 
 def compress(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
@@ -67,7 +68,47 @@ def profile(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
     )
 
 
-TASKS: dict[str, Task] = {"compress": compress, "evaluate": evaluate, "profile": profile}
+def probe(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Look inside: ``{"model", "method", "prompt": {"text", "second", "image"}, "settings"}``."""
+    from core.bench import probe_model
+
+    return _said(
+        context,
+        probe_model(
+            context.catalog,
+            spec["model"],
+            spec["method"],
+            Prompt(**spec["prompt"]),
+            settings=spec["settings"],
+            progress=context.progress,
+            job_id=context.job.id,
+        ),
+    )
+
+
+def train(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Train an instrument: ``{"model", "method", "documents": {"source"}, "settings"}``."""
+    from core.bench import train_on
+
+    run = train_on(
+        context.catalog,
+        spec["model"],
+        spec["method"],
+        text=spec["documents"]["source"],
+        settings=spec["settings"],
+        progress=context.progress,
+        job_id=context.job.id,
+    )
+    return {**_said(context, run), "artifact": run.conditions["artifact"]}
+
+
+TASKS: dict[str, Task] = {
+    "compress": compress,
+    "evaluate": evaluate,
+    "profile": profile,
+    "probe": probe,
+    "train": train,
+}
 
 
 def _variant_id(spec: dict[str, Any], context: TaskContext) -> str:

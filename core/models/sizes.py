@@ -13,6 +13,7 @@ import pandas as pd
 from core.models.anatomy import Anatomy, Block
 from core.models.checkpoint import weight_files
 from core.models.loaded import LoadedModel
+from core.models.pace import Pace
 from core.numerics.schemes import FloatScheme, IntegerScheme, Scheme
 from core.numerics.sizes import DTYPE_NAMES, Entry, bits_per_weight, entries_of, file_bytes
 from core.registry import Need
@@ -66,6 +67,8 @@ class ModelCard:
     """``predicted_bytes``."""
     kv_cache: pd.DataFrame
     """Columns context, bytes, bytes_per_token; for this dtype, batch 1. Empty for a model that keeps no cache."""
+    pace: Pace | None = None
+    """How long a forward pass takes here; None where it was not measured."""
 
 
 def model_card(loaded: LoadedModel) -> ModelCard:
