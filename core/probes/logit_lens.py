@@ -24,6 +24,7 @@ from core.probes._distribution import (
     Read,
     Reference,
     UnembeddingPrecision,
+    batch_reader,
     describe,
     reader,
     rows_at_once,
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from core.models.loaded import LoadedModel
+
+
+SPAN = 64
+"""Positions read together; the model's own logits are kept for the last span, as the check."""
 
 
 class LogitLensSettings(Settings):
@@ -72,10 +77,20 @@ def logit_lens(
     layers = _shown_layers(loaded.anatomy.n_layers, settings.layer_stride)
     limit_cells(len(layers), encoded.n_tokens - start)
     with loaded.lock, torch.inference_mode(), fast_fp32(settings.fp32_path) as path:
-        residual_SND, logits_NV = _forward(loaded, encoded, start, layers)
+        residual_SND, logits_CV = _forward(loaded, encoded, start, layers)
         targets_N = _targets(encoded, start, loaded.device)
-        read = reader(loaded, settings.unembedding_precision)
-        grid = _read_layers(read, residual_SND, targets_N, layers, top_k=settings.top_k, logits_NV=logits_NV)
+        read = batch_reader(loaded, settings.unembedding_precision)
+        read_final = reader(loaded) if settings.unembedding_precision == "model" else read
+        grid = _read_layers(
+            read,
+            read_final,
+            residual_SND,
+            targets_N,
+            layers,
+            top_k=settings.top_k,
+            logits_CV=logits_CV,
+            progress=progress,
+        )
     cells = _cells(loaded, encoded, start, layers, grid)
     settled = _settling_layers(grid.top_ids_SNK[:, :, 0], layers)
     return Result(
@@ -101,7 +116,8 @@ def logit_lens(
                 "fp32_path": path.name,
             },
             exactness_gap=grid.exactness_gap,
-            exactness_check="largest |lens at the last layer − the model's own logits|",
+            exactness_check="largest |lens at the last layer − the model's own logits| "
+            f"at the last {len(logits_CV)} positions",
         ),
         notes=_notes(settings, encoded.n_tokens, start),
         flags=("preview",) if settings.unembedding_precision == "bfloat16" else (),
@@ -210,7 +226,7 @@ def _shown_layers(n_layers: int, stride: int) -> list[int]:
 
 
 def _forward(loaded: LoadedModel, encoded: Encoded, start: int, layers: list[int]) -> tuple[Tensor, Tensor]:
-    """One forward pass: residuals [S, N, D] of the shown layers and positions, and the model's logits [N, V]."""
+    """One forward pass: residuals [S, N, D] of the shown layers and positions, and the model's last logits [C, V]."""
     names = [*(block.path for block in loaded.anatomy.blocks), "final"]
     shown = {names[layer] for layer in layers}
 
@@ -218,7 +234,8 @@ def _forward(loaded: LoadedModel, encoded: Encoded, start: int, layers: list[int
         return residual_BPD[0, start:].clone() if path in shown else None
 
     with capture_residual(loaded, reduce=keep) as residual:
-        output = loaded.model(**encoded.inputs, use_cache=False, logits_to_keep=encoded.n_tokens - start)
+        checked = min(SPAN, encoded.n_tokens - start)
+        output = loaded.model(**encoded.inputs, use_cache=False, logits_to_keep=checked)
     return torch.stack([residual[names[layer]] for layer in layers]), output.logits[0].float()
 
 
@@ -228,18 +245,28 @@ def _targets(encoded: Encoded, start: int, device: str) -> Tensor:
 
 
 def _read_layers(
-    read: Read, residual_SND: Tensor, targets_N: Tensor, layers: list[int], *, top_k: int, logits_NV: Tensor
+    read: Read,
+    read_final: Read,
+    residual_SND: Tensor,
+    targets_N: Tensor,
+    layers: list[int],
+    *,
+    top_k: int,
+    logits_CV: Tensor,
+    progress: Progress,
 ) -> _Grid:
-    """Unembed and describe every shown cell: a batch of positions at a time, and within it layers in batches."""
+    """Unembed and describe every shown cell: a span of positions at a time, and within it layers in batches.
+
+    The last span is the C positions whose logits the model gave, so that the last layer can be held against them.
+    """
     n_shown, n_positions, _ = residual_SND.shape
-    rows = rows_at_once(logits_NV.shape[-1])
-    gap = 0.0
     batches: list[list[Described]] = []
-    for first in range(0, n_positions, rows):
-        span = slice(first, min(first + rows, n_positions))
-        n = span.stop - span.start
-        final_NV = read(residual_SND[-1, span])
-        gap = max(gap, float((final_NV - logits_NV[span]).abs().max()))
+    for span in _spans(n_positions):
+        progress(span.start, n_positions, "reading the residual stream as predictions")
+        final_NV = read_final(residual_SND[-1, span])
+        gap = (
+            float((final_NV[-len(logits_CV) :] - logits_CV).abs().max()) if span.stop == n_positions else 0.0
+        )
         reference = Reference.of(final_NV)
         last = describe(
             final_NV,
@@ -248,14 +275,15 @@ def _read_layers(
             reference=reference,
             where=lambda row: f"layer {layers[-1]}",
         )
+        n = span.stop - span.start
+        at_once = max(1, rows_at_once(logits_CV.shape[-1]) // n)
         parts = []
-        at_once = max(1, rows // n)
         for low in range(0, n_shown - 1, at_once):
             high = min(low + at_once, n_shown - 1)
             parts.append(
                 describe(
                     read(residual_SND[low:high, span].flatten(0, 1)),
-                    targets_N[span].repeat(high - low),
+                    targets_N[span],
                     top_k=top_k,
                     reference=reference,
                     where=lambda row, low=low, n=n: f"layer {layers[low + row // n]}",  # type: ignore[misc]
@@ -263,6 +291,12 @@ def _read_layers(
             )
         batches.append([*parts, last])
     return _Grid.join(batches, n_shown, exactness_gap=gap)
+
+
+def _spans(n: int) -> list[slice]:
+    """Positions in spans of ``SPAN``, the shorter one first."""
+    stops = range(n, 0, -SPAN)
+    return [slice(max(0, stop - SPAN), stop) for stop in reversed(stops)]
 
 
 def _cells(loaded: LoadedModel, encoded: Encoded, start: int, layers: list[int], grid: _Grid) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from core.capture import capture
 from core.errors import BadInput
 from core.lazy import torch
 from core.models.fp32_path import fast_fp32
-from core.probes._distribution import Described, describe, reader, rows_at_once
+from core.probes._distribution import Described, batch_reader, describe, reader, rows_at_once
 from core.probes._provenance import provenance
 from core.probes._tokens import Encoded, encode, token_texts
 from core.registry import Settings, method
@@ -115,9 +115,9 @@ def _score(loaded: LoadedModel, encoded: Encoded) -> tuple[list[Described], floa
     with capture(loaded.model, [last]) as residual:
         output = loaded.model(**encoded.inputs, use_cache=False, logits_to_keep=1)
     residual_PD = residual[last][0]
-    read = reader(loaded, "model")
-    gap = float((read(residual_PD[-1:]) - output.logits[0, -1:].float()).abs().max())
+    gap = float((reader(loaded)(residual_PD[-1:]) - output.logits[0, -1:].float()).abs().max())
     targets_R = torch.tensor(encoded.ids[1:], device=loaded.model.device)
+    read = batch_reader(loaded)
     step = rows_at_once(output.logits.shape[-1])
     rows = []
     for first in range(0, len(targets_R), step):

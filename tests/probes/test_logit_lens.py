@@ -13,7 +13,8 @@ import torch
 from core.errors import BadInput, SlimscopeError
 from core.models.open import open_model
 from core.probes import _distribution, _tokens
-from core.probes._distribution import Reference, describe
+from core.probes import logit_lens as logit_lens_module
+from core.probes._distribution import Reference, describe, top_entries
 from core.probes.logit_lens import LogitLensSettings, _settling_layers, logit_lens
 from core.types import ModelRef, Prompt, silent
 from tests.induction import EPSILON, START, D, induction_model, repeated_prompt
@@ -78,6 +79,8 @@ def test_batches_of_rows_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPat
     loaded = tiny_model("llama")
     whole = logit_lens(loaded, PROMPT, silent, LogitLensSettings(positions=0))
     monkeypatch.setattr(_distribution, "ROWS_BYTES", 4 * loaded.anatomy.vocab_size * 7)
+    monkeypatch.setattr(_distribution, "SLICE_BYTES", 4 * loaded.anatomy.vocab_size * 3)
+    monkeypatch.setattr(logit_lens_module, "SPAN", 6)
     parts = logit_lens(loaded, PROMPT, silent, LogitLensSettings(positions=0))
     assert parts.provenance.exactness_gap == pytest.approx(0, abs=1e-5)
     for name in whole.frames:
@@ -112,6 +115,25 @@ def test_induction_model_has_the_closed_form_answers() -> None:
     )
     settled = result.frames["tokens"].set_index("position").loc[list(half), "settling_layer"]
     assert (settled == 2).all()
+
+
+@pytest.mark.parametrize("vocab_size", [40, 128, 3 * 128 + 1, 50 * 128, 50_257])
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_top_entries_are_those_of_topk(vocab_size: int, k: int) -> None:
+    torch.manual_seed(k)
+    x_RV = torch.randn(7, vocab_size)
+    x_RV[0] = torch.arange(vocab_size)  # the largest are all in the tail, or in the last block
+    x_RV[1] = -torch.arange(vocab_size)  # all in the first block
+    values, ids = top_entries(x_RV, k)
+    expected = x_RV.topk(k)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(ids, expected.indices)
+
+
+def test_top_entries_of_equal_values_are_different_entries() -> None:
+    values, ids = top_entries(torch.zeros(2, 50 * 128), 9)
+    assert (values == 0).all()
+    assert all(len(set(row)) == 9 for row in ids.tolist())
 
 
 def test_describe_on_a_uniform_and_a_certain_row() -> None:
