@@ -11,11 +11,14 @@ import torch
 
 from core.capture import capture
 from core.errors import BadInput
+from core.models.anatomy import Anatomy
 from core.models.anatomy_verify import eager_attention
 from core.probes import attention_pattern as module
+from core.probes._head_scores import PatternScorer
 from core.probes.attention_pattern import AttentionPatternSettings, attention_pattern
 from core.types import Prompt, silent
 from tests.induction import induction_model, repeated_prompt
+from tests.references.slow_heads import value_norms_by_hand
 from tests.references.slow_probes import head_scores_by_hand
 from tests.tiny import FAMILIES, tiny_model
 
@@ -45,9 +48,10 @@ def test_rows_sum_to_one_and_nothing_looks_ahead(family: str) -> None:
 
 def test_the_gap_sees_a_head_that_looks_ahead() -> None:
     loaded = tiny_model("llama")
-    scorer = module._Scorer(module.encode(loaded, PROMPT), causal=True, device="cpu")
-    n = module.encode(loaded, PROMPT).n_tokens
-    scorer.score(torch.full((1, n, n), 1 / n), layer=0, window=None)
+    ids = module.encode(loaded, PROMPT).ids
+    scorer = PatternScorer(ids, causal=True, device="cpu")
+    n = len(ids)
+    scorer.score(torch.full((1, n, n), 1 / n), window=None)
     assert scorer.gap == pytest.approx(1 / n)
 
 
@@ -85,11 +89,11 @@ def test_induction_model_has_the_closed_form_answers(beta: float) -> None:
 
 
 def test_a_window_limits_the_largest_possible_entropy() -> None:
-    scorer = module._Scorer(module.encode(tiny_model("mistral"), PROMPT), causal=True, device="cpu")
-    n, window = scorer._n, 4
+    n, window = 12, 4
+    scorer = PatternScorer(range(n), causal=True, device="cpu")
     near = torch.ones(n, n).tril().triu(1 - window)
-    frame = scorer.score((near / near.sum(-1, keepdim=True))[None], layer=0, window=window)
-    assert frame["entropy_share"].iloc[0] == pytest.approx(1, abs=1e-5)
+    scores = scorer.score((near / near.sum(-1, keepdim=True))[None], window=window)
+    assert float(scores["entropy_share"]) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_prompt_without_repeats_has_no_induction_score() -> None:
@@ -107,7 +111,7 @@ def test_binned_maps_keep_their_rows(n: int, most: int, monkeypatch: pytest.Monk
     loaded = tiny_model("llama")
     encoded = module.encode(loaded, Prompt("a"))
     stretched = type(encoded)(encoded.inputs, (0,) * n, ("x",) * n, (1,) * n)
-    frame = module._pattern_frame(pattern, stretched, causal=True)
+    frame = module._pattern_frame(pattern, pattern, stretched, causal=True)
     assert frame["query"].nunique() <= most
     assert frame.groupby("query")["weight"].sum().to_numpy() == pytest.approx(1, abs=1e-5)
     if n <= most:
@@ -126,3 +130,44 @@ def test_a_pair_of_texts_goes_to_an_encoder() -> None:
         tiny_model("bert"), Prompt("water boils", "paris"), silent, AttentionPatternSettings()
     )
     assert result.frames["tokens"]["token"].tolist().count("[SEP]") == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen3", "opt"])
+def test_the_weighted_pattern_is_weight_times_what_it_moves(family: str) -> None:
+    loaded = tiny_model(family)
+    settings = AttentionPatternSettings(layer=1, head=3, sources=2)
+    result = attention_pattern(loaded, PROMPT, silent, settings)
+    ids = loaded.tokenizer(PROMPT.text)["input_ids"]
+    norms = np.array(value_norms_by_hand(loaded, ids, 1, 3))
+    pattern = result.frames["pattern"]
+    weighted = pattern["weight"] * norms[pattern["key"]]
+    expected = weighted / weighted.groupby(pattern["query"]).transform("sum")
+    assert pattern["weighted_share"].to_numpy() == pytest.approx(expected.to_numpy(), abs=1e-5)
+    sources = result.frames["sources"]
+    best = weighted.groupby(pattern["query"]).max()
+    first = sources[sources["rank"] == 1].set_index("query")["weighted"].sort_index()
+    assert first.to_numpy() == pytest.approx(best.to_numpy(), rel=1e-4)
+    assert (sources.groupby("query").size() <= 2).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe"])
+def test_a_wrong_key_value_grouping_breaks_the_sum_of_heads(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = tiny_model(family)
+    assert attention_pattern(
+        loaded, PROMPT, silent, AttentionPatternSettings()
+    ).provenance.exactness_gap == pytest.approx(0, abs=5e-6)
+    monkeypatch.setattr(Anatomy, "kv_head", lambda self, head: (head + 1) % self.n_kv_heads)
+    result = attention_pattern(loaded, PROMPT, silent, AttentionPatternSettings())
+    assert result.provenance.exactness_gap > 0.1
+
+
+def test_every_frame_stays_small_enough_for_a_browser() -> None:
+    loaded = tiny_model("llama")
+    text = Prompt("one two three four " * 60)
+    n = module.encode(loaded, text).n_tokens
+    assert 128 < n <= 256
+    result = attention_pattern(loaded, text, silent, AttentionPatternSettings(sources=4))
+    assert all(len(frame) <= 10_000 for frame in result.frames.values())
+    assert result.frames["pattern"].groupby("query")["weighted_share"].sum().to_numpy() == pytest.approx(1)

@@ -1,0 +1,127 @@
+"""A head's weights as maps between residual stream and head, with the norms around attention folded in.
+
+Legend: D d_model, K head_dim, H query head, G key/value head, V vocabulary.
+
+A head reads x · Q, x · K, x · V ([D, K] each) and writes z · O ([K, D]). Folded in are the gains of the norm before
+attention and, for a sandwich of norms, of the one behind it, and a LayerNorm's centring; not its division by σ, which
+is a positive number per position. Weights that are not stored as plain numbers are read through their module. It does
+not know attention: no softmax, no positions, no q/k norms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from core.lazy import torch
+from core.models.anatomy import Anatomy, Block
+from core.models.weights import input_first, split_heads
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """One layer's heads, float32 or wider; entry h of ``k`` and ``v`` is what query head h reads."""
+
+    q_HDK: Tensor
+    k_HDK: Tensor
+    v_HDK: Tensor
+    o_HKD: Tensor
+
+
+def head_weights(model: Any, anatomy: Anatomy, block: Block) -> HeadWeights:
+    """The folded weights of one layer's heads; key/value heads are repeated for their query heads."""
+    o_ID = dense_weight(model.get_submodule(block.o))
+    o_HKD = o_ID.view(anatomy.n_heads, anatomy.head_dim, anatomy.d_model)
+    if anatomy.norm_place == "sandwich":
+        o_HKD = write_through(model, anatomy, block.attention_write, o_HKD)
+
+    def reading(part: Literal["q", "k", "v"]) -> Tensor:
+        weight_DI = dense_weight(model.get_submodule(getattr(block, part)))
+        heads_HDK = split_heads(anatomy, weight_DI, part).movedim(1, 0)
+        if len(heads_HDK) != anatomy.n_heads:
+            heads_HDK = heads_HDK[[anatomy.kv_head(head) for head in range(anatomy.n_heads)]]
+        if anatomy.norm_place == "post":
+            return heads_HDK  # BERT's attention reads a stream that is already normed
+        return read_through(model, anatomy, block.attention_norm, heads_HDK.mT).mT
+
+    return HeadWeights(reading("q"), reading("k"), reading("v"), o_HKD)
+
+
+def token_interaction(model: Any, anatomy: Anatomy) -> Tensor:
+    """Σ_t u_t ⊗ e_t over the vocabulary, [D, D]: u_t the unembedding with the final norm's gain, e_t the normed embedding.
+
+    For any head W_U · OV · W_E has the non-zero eigenvalues of the K × K matrix O · this · V, because AB and BA have the
+    same ones: the V × V matrix is never formed.
+    """
+    assert anatomy.unembedding is not None
+    unembedding_DV = dense_weight(model.get_submodule(anatomy.unembedding))
+    embedding_VD = model.get_submodule(anatomy.embedding).weight
+    if anatomy.final_norm is not None:
+        unembedding_DV = read_through(model, anatomy, anatomy.final_norm, unembedding_DV.mT).mT
+    total_DD = torch.zeros(anatomy.d_model, anatomy.d_model, device=unembedding_DV.device)
+    total_DD = total_DD.to(unembedding_DV.dtype)
+    centred = _is_layer_norm(model.get_submodule(anatomy.blocks[0].attention_norm))
+    for first in range(0, len(embedding_VD), _ROWS):
+        rows_RD = _wide(embedding_VD[first : first + _ROWS])
+        if centred:
+            rows_RD = _centred(rows_RD)
+        rows_RD = rows_RD / rows_RD.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+        total_DD += unembedding_DV[:, first : first + _ROWS] @ rows_RD
+    return total_DD
+
+
+_ROWS = 8192
+"""Vocabulary rows widened and normed at once."""
+
+
+def read_through(model: Any, anatomy: Anatomy, norm: str, directions_XD: Tensor) -> Tensor:
+    """Directions [..., D] that meet a normed stream, as directions that meet the stream itself, but for 1 / σ."""
+    module = model.get_submodule(norm)
+    scaled_XD = directions_XD * (_wide(module.weight) + anatomy.norm_offset)
+    return _centred(scaled_XD) if _is_layer_norm(module) else scaled_XD
+
+
+def write_through(model: Any, anatomy: Anatomy, norm: str, rows_XD: Tensor) -> Tensor:
+    """Rows [..., D] that pass a norm on their way to the stream, but for 1 / σ."""
+    module = model.get_submodule(norm)
+    rows_XD = _centred(rows_XD) if _is_layer_norm(module) else rows_XD
+    return rows_XD * (_wide(module.weight) + anatomy.norm_offset)
+
+
+def dense_weight(linear: Any) -> Tensor:
+    """A projection's weight as [in, out] numbers, at least float32; a packed one answers for the unit vectors."""
+    weight = linear.weight
+    if type(weight).__name__ == "Parameter" and weight.is_floating_point():
+        return _wide(input_first(linear))
+    unit_II = torch.eye(linear.in_features, device=weight.device, dtype=torch.float32)
+    answer_IO: Tensor = linear(unit_II)
+    return _wide(answer_IO if linear.bias is None else answer_IO - linear.bias)
+
+
+def eigenvalues(matrix_HKK: Tensor) -> Tensor:
+    """Complex eigenvalues [..., K] of small matrices, in float64 on the CPU (no CUDA kernel for general matrices)."""
+    values: Tensor = torch.linalg.eigvals(matrix_HKK.double().cpu())
+    return values
+
+
+def copying(eigenvalues_HK: Tensor, scale_H: Tensor) -> Tensor:
+    """Σλ / Σ|λ| per head: 1 copies every token, −1 suppresses it; 0 where the eigenvalues vanish beside ``scale_H``."""
+    total_H = eigenvalues_HK.abs().sum(-1)
+    share_H: Tensor = eigenvalues_HK.real.sum(-1) / total_H
+    return torch.where(total_H > 1e-9 * scale_H.double().cpu().clamp_min(1e-300), share_H, 0.0)
+
+
+def _centred(rows_XD: Tensor) -> Tensor:
+    return rows_XD - rows_XD.mean(-1, keepdim=True)
+
+
+def _is_layer_norm(module: Any) -> bool:
+    return isinstance(module, torch.nn.LayerNorm)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
