@@ -57,6 +57,16 @@ def resolve_distractor(loaded: LoadedModel, text: str, target: Token) -> Token |
     return distractor
 
 
+def resolve_position(position: int, n_tokens: int) -> int:
+    """A token position counted from 0, −1 meaning the last; raises ``BadInput`` with the range that exists."""
+    if not -1 <= position < n_tokens:
+        raise BadInput(
+            f"position {position} does not exist: the prompt has {n_tokens} tokens, from 0 to {n_tokens - 1}; "
+            "-1 is the last"
+        )
+    return position % n_tokens
+
+
 def named(loaded: LoadedModel, id_: int) -> Token:
     """A row of the unembedding as a ``Token``."""
     if loaded.tokenizer is None:
