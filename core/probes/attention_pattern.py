@@ -215,7 +215,8 @@ def _bin_edges(n: int, most: int) -> np.ndarray:
 
 def _binned(map_QK: np.ndarray, edges: np.ndarray) -> np.ndarray:
     summed: np.ndarray = np.add.reduceat(np.add.reduceat(map_QK, edges, axis=1), edges, axis=0)
-    return summed / np.diff([*edges, len(map_QK)])[:, None]
+    averaged: np.ndarray = summed / np.diff([*edges, len(map_QK)])[:, None]
+    return averaged
 
 
 def _shares(moved_QK: np.ndarray) -> np.ndarray:
