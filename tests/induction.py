@@ -111,4 +111,4 @@ def _tokenizer() -> Any:
     names = [chr(ord("a") + n) for n in range(SYMBOLS)]
     tokenizer = Tokenizer(models.WordLevel({**{name: n for n, name in enumerate(names)}, "@": START}, "@"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="@")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="@", bos_token="@")

@@ -1,0 +1,328 @@
+"""Head scores on random repeated tokens: which heads copy, look back, or rest, without any prompt.
+
+Legend: S sequences, P positions, L layers, H heads, V vocabulary.
+
+Scores are means over seeded sequences of start + r + r (``_repeats.py``), so they belong to the model and not to a
+text, and carry an interval over sequences. It does not know what the heads do on real text: see the attention pattern.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from pydantic import Field
+
+from core.capture import capture
+from core.errors import BadInput
+from core.lazy import torch
+from core.models.anatomy_verify import eager_attention
+from core.models.fp32_path import fast_fp32
+from core.probes._batching import in_batches
+from core.probes._distribution import reader, rows_at_once
+from core.probes._head_scores import PatternScorer
+from core.probes._head_weights import copying, eigenvalues, head_weights, token_interaction
+from core.probes._provenance import provenance
+from core.probes._repeats import Repeats, repeated_tokens
+from core.registry import Example, Settings, method
+from core.types import Cost, Metric, Progress, Prompt, Result, View, part_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from core.models.anatomy import Anatomy
+    from core.models.loaded import LoadedModel
+
+Floats = NDArray[np.float64]
+Score = Literal["induction", "previous_token", "duplicate_token", "entropy_nats", "bos_share", "ov_copying"]
+FROM_PATTERNS: dict[str, str] = {
+    "induction": "induction_score",
+    "previous_token": "previous_token_share",
+    "duplicate_token": "duplicate_token_score",
+    "entropy_nats": "entropy_nats",
+    "bos_share": "first_token_share",
+}
+"""Column here → score of ``_head_scores.py``."""
+TITLES = {
+    "induction": "Induction: weight on the token after the earlier copy",
+    "previous_token": "Weight on the previous token",
+    "duplicate_token": "Weight on the earlier copy",
+    "entropy_nats": "Entropy of the pattern",
+    "bos_share": "Weight on the start token",
+    "ov_copying": "OV copying: Σλ / Σ|λ| of W_U · OV · W_E",
+}
+
+
+class HeadScoresSettings(Settings):
+    """Which two scores to plot, and on how much random text."""
+
+    x: Score = Field("induction", description="Score on the horizontal axis; the table is ranked by it")
+    y: Score = Field("previous_token", description="Score on the vertical axis")
+    length: int = Field(50, ge=2, le=512, description="Random tokens before they repeat")
+    sequences: int = Field(8, ge=2, le=64, description="Random sequences, each with its own seed")
+    seed: int = Field(0, ge=0, le=1_000_000, description="Seed of the first sequence")
+    threshold: float = Field(
+        0.4, ge=0.05, le=1.0, description="Induction score from which a head counts as an induction head"
+    )
+
+
+def _cost(anatomy: Anatomy, n_tokens: int, settings: HeadScoresSettings) -> Cost:
+    """All sequences, counted in forward passes over the prompt, which itself is not read."""
+    positions = 2 * settings.length + 1
+    return Cost(settings.sequences * positions / max(1, n_tokens), _bytes_each(anatomy, positions))
+
+
+def _bytes_each(anatomy: Anatomy, positions: int) -> int:
+    """Peak of one sequence: three copies of a layer's patterns, and its widest activations."""
+    patterns = 3 * anatomy.n_heads * positions**2
+    return 4 * (patterns + positions * (4 * anatomy.d_ff + 8 * anatomy.d_model))
+
+
+@method(
+    "probe",
+    title="Head scores",
+    needs=["decoder", "text"],
+    paper="https://arxiv.org/abs/2209.11895",
+    answers="Which heads matter?",
+    examples=(
+        Example("Find the induction heads", Prompt("(random tokens; the prompt is not read)")),
+        Example(
+            "Copying heads among those that look back",
+            Prompt("(random tokens; the prompt is not read)"),
+            {"x": "ov_copying", "y": "induction"},
+        ),
+    ),
+    cost=_cost,
+)
+def head_scores(
+    loaded: LoadedModel, prompt: Prompt, progress: Progress, settings: HeadScoresSettings
+) -> Result:
+    """Score every head on random tokens that repeat, and plot any two scores against each other.
+
+    The input is a start token, r, and r again, with r distinct random tokens of length m; the prompt is not read. The
+    induction score is the mean weight of second-half positions i on i − m + 1, the token after the earlier copy;
+    duplicate token is the weight on i − m, the copy itself; previous token the weight on i − 1. Scores are means over
+    sequences with a 95 % interval (Student's t).
+
+    OV copying looks at weights only: of W_U · W_OV · W_E, the matrix that says which tokens a head promotes when it
+    reads a token, it gives Σλ / Σ|λ| over the eigenvalues (Elhage et al. 2021): 1 where every token promotes itself,
+    −1 where it suppresses itself. Norm gains are folded in, embeddings normed, positions and biases left out.
+    """
+    started = time.perf_counter()
+    anatomy = loaded.anatomy
+    repeats = repeated_tokens(
+        loaded, length=settings.length, sequences=settings.sequences, seed=settings.seed
+    )
+    if repeats.length < 2:
+        raise BadInput(f"{loaded.ref} has room for {repeats.length} random tokens; at least 2 are needed")
+    with loaded.lock, torch.inference_mode(), fast_fp32() as path:
+        with eager_attention(loaded.model):
+            measured = _measure(loaded, repeats, part_of(progress, 0.0, 0.7))
+        copying_LH, trace_gap = _ov_copying(loaded, part_of(progress, 0.7, 1.0))
+    frame = _frame(anatomy, measured, copying_LH)
+    ranked = frame.sort_values(settings.x, ascending=False, kind="stable", ignore_index=True).head(50)
+    return Result(
+        frames={"ranked": ranked, "main": frame},
+        views=_views(settings),
+        metrics=_metrics(frame, measured, settings),
+        provenance=provenance(
+            loaded,
+            prompt,
+            method="head_scores",
+            settings=settings,
+            started=started,
+            conditions={
+                "tokens": int(repeats.ids_SP.numel()),
+                "length": repeats.length,
+                "sequences": len(repeats.ids_SP),
+                "prompt": "not read",
+                "threads": torch.get_num_threads(),
+                "fp32_path": path.name,
+            },
+            exactness_gap=max(measured.gap, trace_gap),
+            exactness_check="largest of |row sum − 1|, the weight on a later token, and |Σλ − trace| as a share of Σ|λ|",
+            attention_kernel="eager",
+        ),
+        notes=_notes(anatomy, repeats, settings),
+    )
+
+
+@dataclass
+class _Measured:
+    """Scores of all sequences, and how well the model predicts either half."""
+
+    scores: dict[str, Floats] = field(default_factory=dict)
+    """Column → [S, L, H]."""
+    nats_SP: Floats = field(default_factory=lambda: np.empty((0, 0)))
+    """Surprisal of each token but the first."""
+    gap: float = 0.0
+
+
+def _measure(loaded: LoadedModel, repeats: Repeats, progress: Progress) -> _Measured:
+    """Forward passes over all sequences, as many at once as fit; patterns are reduced inside the hook."""
+    anatomy = loaded.anatomy
+    scorer = PatternScorer(repeats.structure, causal=True, device=loaded.device)
+    n, positions = repeats.ids_SP.shape
+    layer_of = {block.attention: block.index for block in anatomy.blocks}
+
+    def run(first: int, stop: int) -> tuple[dict[str, Floats], Floats]:
+        progress(first, n, f"sequence {first + 1} of {n}")
+        found: defaultdict[str, list[Floats]] = defaultdict(list)
+
+        def reduce(path: str, pattern_BHPP: Tensor) -> None:
+            scores = scorer.score(pattern_BHPP.flatten(0, 1).float(), window=anatomy.windows[layer_of[path]])
+            for column, name in FROM_PATTERNS.items():
+                found[column].append(scores[name].view(stop - first, -1).double().cpu().numpy())
+
+        ids_BP = repeats.ids_SP[first:stop]
+        last = anatomy.blocks[-1].path
+        with (
+            capture(loaded.model, list(layer_of), reduce=reduce, item=1),
+            capture(loaded.model, [last]) as residual,
+        ):
+            loaded.model(ids_BP, use_cache=False, logits_to_keep=1)
+        return {name: np.stack(parts, 1) for name, parts in found.items()}, _nats(
+            loaded, residual[last], ids_BP
+        )
+
+    parts = in_batches(n, run, bytes_each=_bytes_each(anatomy, positions), device=loaded.device)
+    scores = {name: np.concatenate([part[0][name] for part in parts]) for name in FROM_PATTERNS}
+    return _Measured(scores, np.concatenate([part[1] for part in parts]), scorer.gap)
+
+
+def _nats(loaded: LoadedModel, residual_BPD: Tensor, ids_BP: Tensor) -> Floats:
+    """Surprisal of every token but the first [B, P − 1]; logits exist for a few rows at a time."""
+    read = reader(loaded)
+    rows_RD = residual_BPD[:, :-1].flatten(0, 1)
+    targets_R = ids_BP[:, 1:].flatten()
+    step = rows_at_once(loaded.anatomy.vocab_size)
+    nats = [
+        torch.nn.functional.cross_entropy(
+            read(rows_RD[first : first + step]), targets_R[first : first + step], reduction="none"
+        )
+        for first in range(0, len(rows_RD), step)
+    ]
+    values: Floats = torch.cat(nats).view(len(ids_BP), -1).double().cpu().numpy()
+    return values
+
+
+def _ov_copying(loaded: LoadedModel, progress: Progress) -> tuple[Floats, float]:
+    """Σλ / Σ|λ| of every head [L, H], and how far Σλ is from the trace, as a share of Σ|λ|."""
+    model, anatomy = loaded.model, loaded.anatomy
+    token_DD = token_interaction(model, anatomy)
+    rows, gap = [], 0.0
+    for block in anatomy.blocks:
+        progress(block.index, anatomy.n_layers, f"weights of layer {block.index}")
+        weights = head_weights(model, anatomy, block)
+        small_HKK = weights.o_HKD @ token_DD @ weights.v_HDK
+        lambda_HK = eigenvalues(small_HKK)
+        trace_H = small_HKK.diagonal(0, -1, -2).sum(-1).double().cpu()
+        size_H = lambda_HK.abs().sum(-1)
+        off_H = (lambda_HK.sum(-1).real - trace_H).abs() / size_H.clamp_min(torch.finfo(torch.float64).tiny)
+        gap = max(gap, float(off_H.max()))
+        scale_H = weights.o_HKD.norm(dim=(-1, -2)) * token_DD.norm() * weights.v_HDK.norm(dim=(-1, -2))
+        rows.append(copying(lambda_HK, scale_H).numpy())
+    return np.stack(rows), gap
+
+
+def _frame(anatomy: Anatomy, measured: _Measured, copying_LH: Floats) -> pd.DataFrame:
+    """One row per head: the mean of each score, and half of its 95 % interval."""
+    layer, head = np.indices((anatomy.n_layers, anatomy.n_heads)).reshape(2, -1)
+    columns: dict[str, Any] = {
+        "layer": layer,
+        "head": head,
+        "name": [f"L{a}H{b}" for a, b in zip(layer, head, strict=True)],
+    }
+    for name, values_SLH in measured.scores.items():
+        columns[name] = values_SLH.mean(0).ravel()
+        columns[f"{name}_ci95"] = _half_width(values_SLH).ravel()
+    columns["ov_copying"] = copying_LH.ravel()
+    return pd.DataFrame(columns)
+
+
+def _half_width(values_SX: Floats) -> Floats:
+    """Half of the 95 % interval of the mean over the first axis, by Student's t."""
+    from scipy.special import stdtrit  # here: the UI process reads this module through the registry
+
+    n = len(values_SX)
+    half: Floats = stdtrit(n - 1, 0.975) * values_SX.std(0, ddof=1) / np.sqrt(n)
+    return half
+
+
+def _metrics(frame: pd.DataFrame, measured: _Measured, settings: HeadScoresSettings) -> tuple[Metric, ...]:
+    n, n_scored = measured.nats_SP.shape
+    how = f"Student's t over {n} random sequences"
+    best = frame.sort_values("induction", kind="stable").iloc[-1]
+    second_S = measured.nats_SP[:, n_scored // 2 + 1 :].mean(1)
+    first_S = measured.nats_SP[:, : n_scored // 2].mean(1)
+
+    def metric(name: str, value: float, half: float, unit: str) -> Metric:
+        return Metric(name, value, unit, n=n, low=value - half, high=value + half, interval=how)
+
+    return (
+        metric("top_induction_score", float(best["induction"]), float(best["induction_ci95"]), "share"),
+        Metric(
+            "induction_heads", float((frame["induction"] >= settings.threshold).sum()), "heads", n=len(frame)
+        ),
+        metric("loss_first_half", float(first_S.mean()), float(_half_width(first_S)), "nats/token"),
+        metric("loss_second_half", float(second_S.mean()), float(_half_width(second_S)), "nats/token"),
+    )
+
+
+def _views(settings: HeadScoresSettings) -> tuple[View, ...]:
+    units = {"entropy_nats": "nats", "ov_copying": "ratio"}
+    tooltip = tuple(TITLES)
+    maps = tuple(
+        View(
+            "heatmap",
+            x="head",
+            y="layer",
+            color=name,
+            title=TITLES[name],
+            unit=units.get(name, "share"),
+            midpoint=0.0 if name == "ov_copying" else None,
+            tooltip=tooltip,
+        )
+        for name in dict.fromkeys((settings.x, settings.y, *TITLES))
+    )
+    return (
+        View(
+            "table",
+            x="name",
+            y=settings.x,
+            frame="ranked",
+            title=f"Heads by {settings.x.replace('_', ' ')}",
+            tooltip=tooltip,
+        ),
+        View(
+            "scatter",
+            x=settings.x,
+            y=settings.y,
+            color="layer",
+            title="Heads by two scores",
+            unit=units.get(settings.y, "share"),
+            tooltip=("name", *tooltip),
+        ),
+        *maps,
+    )
+
+
+def _notes(anatomy: Anatomy, repeats: Repeats, settings: HeadScoresSettings) -> tuple[str, ...]:
+    n = len(repeats.ids_SP)
+    notes = [
+        f"Computed on {n} sequences of a start token and {repeats.length} random tokens, twice; the prompt is not read.",
+        "The loss of the second half leaves out its first token, which nothing foretells.",
+    ]
+    if repeats.length < settings.length:
+        notes.append(f"{repeats.length} instead of {settings.length} tokens: more do not fit this model.")
+    narrow = [window for window in anatomy.windows if window is not None and window <= repeats.length]
+    if narrow:
+        notes.append(
+            f"{len(narrow)} layers look back {min(narrow)} positions at most: the earlier copy is out of their sight."
+        )
+    return tuple(notes)
