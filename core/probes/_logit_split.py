@@ -97,7 +97,7 @@ def split_logit(loaded: LoadedModel, parts: ResidualParts, read: LogitReader) ->
     """Split what ``read`` reads at this position. Raises ``CannotMeasure`` for a norm that is not γ / σ."""
     model, anatomy = loaded.model, loaded.anatomy
     head = model.get_submodule(anatomy.unembedding)
-    final = _freeze(loaded, str(anatomy.final_norm), parts.final_D, parts.normed_D)
+    final = freeze_at(loaded, str(anatomy.final_norm), parts.final_D, parts.normed_D)
     after_norm_D = read(head.weight)
     stream_D = final.pull(after_norm_D)
     found = list(_embeddings(parts, stream_D))
@@ -183,11 +183,12 @@ def _before_write(
     """The direction that a sublayer's own output is read along, and what an after-norm adds by itself."""
     if loaded.anatomy.norm_place != "sandwich":
         return stream_D, 0.0
-    norm = _freeze(loaded, path, fed_D, written_D)
+    norm = freeze_at(loaded, path, fed_D, written_D)
     return norm.pull(stream_D), norm.constant(stream_D)
 
 
-def _freeze(loaded: LoadedModel, path: str, fed_D: Tensor, output_D: Tensor) -> FrozenNorm:
+def freeze_at(loaded: LoadedModel, path: str, fed_D: Tensor, output_D: Tensor) -> FrozenNorm:
+    """The norm at ``path`` frozen as it ran."""
     norm = loaded.model.get_submodule(path)
     return freeze(norm, path, offset=loaded.anatomy.norm_offset, fed_D=fed_D, output_D=output_D)
 

@@ -37,6 +37,11 @@ class FrozenNorm:
         pulled_D = direction_D * self.scale_D
         return pulled_D - pulled_D.mean() if self.centred else pulled_D
 
+    def apply(self, parts_ND: Tensor) -> Tensor:
+        """What parts become behind the norm, its own bias left out."""
+        centred_ND = parts_ND - parts_ND.mean(-1, keepdim=True) if self.centred else parts_ND
+        return centred_ND * self.scale_D
+
     def constant(self, direction_D: Tensor) -> float:
         """What the norm's own bias adds along ``direction_D``."""
         return 0.0 if self.shift_D is None else float(direction_D @ self.shift_D)
