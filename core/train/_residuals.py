@@ -7,10 +7,11 @@ the text has more than one. Legend: B windows of one length, P position, D d_mod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from core.capture import capture
 from core.errors import BadInput
 from core.lazy import torch
 from core.types import Documents
@@ -119,3 +120,20 @@ def replaced(model: Any, path: str, edit: Callable[[Tensor], Tensor]) -> Iterato
         yield
     finally:
         handle.remove()
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose later layers nobody asked for."""
+
+
+def residual_after(loaded: LoadedModel, layer: int, window: TextWindow) -> Tensor:
+    """The residual stream [P, D] after ``layer`` ≥ 1 blocks, float32; later blocks are not run."""
+    found: list[Tensor] = []
+
+    def stop(path: str, residual_BPD: Tensor) -> None:
+        found.append(residual_BPD[0].float())
+        raise _Enough
+
+    with suppress(_Enough), capture(loaded.model, [loaded.anatomy.blocks[layer - 1].path], reduce=stop):
+        run_window(loaded, window)
+    return found[0]
