@@ -125,3 +125,41 @@ def _is_layer_norm(module: Any) -> bool:
 def _wide(tensor: Tensor) -> Tensor:
     """At least float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def composition(chosen: HeadWeights, head: int, earlier: HeadWeights) -> dict[str, Tensor]:
+    """How much a head reads what each head of an earlier layer writes, per way of reading: ``q``, ``k``, ``v`` → [H].
+
+    ‖W_1 W_2‖_F / (‖W_1‖_F ‖W_2‖_F) of Elhage et al. 2021 with W_2 the earlier head's OV, W_1 the chosen head's QK read
+    from the query's or the key's side, or its OV. All products are head_dim × head_dim.
+    """
+    q_DK, k_DK, v_DK, o_KD = (part[head] for part in (chosen.q_HDK, chosen.k_HDK, chosen.v_HDK, chosen.o_HKD))
+    # x · V₁ · O₁ · [what the head reads] · [the rest of its circuit]
+    circuits = {"q": (q_DK, k_DK.mT), "k": (k_DK, q_DK.mT), "v": (v_DK, o_KD)}
+    written_H = product_norm(earlier.v_HDK, earlier.o_HKD)
+    found = {}
+    for name, (reads_DK, rest_KD) in circuits.items():
+        middle_HKK = earlier.o_HKD @ reads_DK
+        gram_HKK = earlier.v_HDK.mT @ earlier.v_HDK
+        squared_H = ((gram_HKK @ middle_HKK @ (rest_KD @ rest_KD.mT)) * middle_HKK).sum((-1, -2))
+        size_H = written_H * product_norm(reads_DK, rest_KD)
+        found[name] = torch.where(size_H > 0, squared_H.clamp(min=0).sqrt() / size_H.clamp_min(1e-30), 0.0)
+    return found
+
+
+def product_norm(left_XDK: Tensor, right_XKD: Tensor) -> Tensor:
+    """‖left · right‖_F from K × K products."""
+    squared: Tensor = ((left_XDK.mT @ left_XDK) * (right_XKD @ right_XKD.mT)).sum((-1, -2))
+    return squared.clamp(min=0).sqrt()
+
+
+def chance_composition(d_model: int, head_dim: int, *, draws: int = 16) -> float:
+    """The composition score of heads with random Gaussian weights of these shapes, mean of seeded draws."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn() -> Tensor:
+        return torch.randn(draws, d_model, head_dim, generator=generator)
+
+    chosen, earlier = (HeadWeights(drawn(), drawn(), drawn(), drawn().mT) for _ in range(2))
+    scores = [float(composition(chosen, head, earlier)["k"].mean()) for head in range(2)]
+    return sum(scores) / len(scores)

@@ -78,3 +78,47 @@ def value_norms_by_hand(loaded: LoadedModel, ids: list[int], layer: int, head: i
         hook.remove()
         written = write_of(loaded, block, cut_value(loaded, seen[0], head), head)[0]
     return [sum(x * x for x in row) ** 0.5 for row in written.tolist()]
+
+
+def weights_by_hand(loaded: LoadedModel, layer: int, head: int) -> dict[str, torch.Tensor]:
+    """A head's q, k, v [D, K] and o [K, D] with the norms' gains, read off the modules with unit vectors."""
+    model, anatomy = loaded.model, loaded.anatomy
+    block = anatomy.blocks[layer]
+    unit = torch.eye(anatomy.d_model)
+    centre = torch.eye(anatomy.d_model, dtype=torch.float64)
+    if isinstance(model.get_submodule(block.attention_norm), torch.nn.LayerNorm):
+        centre = centre - 1 / anatomy.d_model
+    size = anatomy.head_dim
+    group = head // (anatomy.n_heads // anatomy.n_kv_heads)
+    found = {}
+    with torch.inference_mode():
+        for index, (part, path) in enumerate((("q", block.q), ("k", block.k), ("v", block.v))):
+            start = {
+                "separate": (head if part == "q" else group) * size,
+                "concatenated": (index * anatomy.n_heads + head) * size,
+                "per_head": (3 * head + index) * size,
+            }[anatomy.fusion]
+            module = model.get_submodule(path)
+            rows = (module(unit) - module(unit * 0)).double()[:, start : start + size]
+            found[part] = centre @ (gain(loaded, block.attention_norm)[:, None] * rows)
+        found["o"] = write_of(loaded, block, torch.eye(size), head)
+        if anatomy.norm_place == "sandwich":
+            found["o"] = found["o"] * gain(loaded, block.attention_write)
+    return found
+
+
+def composition_by_hand(
+    loaded: LoadedModel, earlier: tuple[int, int], later: tuple[int, int]
+) -> dict[str, float]:
+    """‖W_OV · W_1‖ / (‖W_OV‖ ‖W_1‖) with whole D × D matrices, per way of reading."""
+    first, second = weights_by_hand(loaded, *earlier), weights_by_hand(loaded, *later)
+    written = first["v"] @ first["o"]
+    read_by = {
+        "q": second["q"] @ second["k"].T,
+        "k": second["k"] @ second["q"].T,
+        "v": second["v"] @ second["o"],
+    }
+    return {
+        part: float((written @ matrix).norm() / (written.norm() * matrix.norm()))
+        for part, matrix in read_by.items()
+    }
