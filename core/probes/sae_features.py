@@ -1,0 +1,378 @@
+"""Sparse-autoencoder features: which of a trained dictionary's features a prompt turns on, and what they stand for.
+
+Legend: P positions, K active features of a position, F features, D d_model, V vocabulary, T shown features.
+
+It reads an artifact of ``core/train/sparse_autoencoder.py`` and trains nothing. The text's first position and
+attention sinks are not encoded, as in training.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+
+from core.capture import capture
+from core.errors import BadInput
+from core.lazy import torch
+from core.models.readout import finish_logits
+from core.probes._norm_fold import FrozenNorm, freeze
+from core.probes._provenance import provenance
+from core.probes._tokens import Encoded, encode, token_texts
+from core.registry import Example, Settings, method
+from core.train._sparse_code import METHOD, SparseCode, feature_direction
+from core.train._trained import Learned, load
+from core.types import Cost, Metric, Progress, Prompt, Result, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from core.models.loaded import LoadedModel
+
+SHOWN_SNIPPETS = 5
+
+
+class SaeFeaturesSettings(Settings):
+    """Which autoencoder, and how many of its features."""
+
+    artifact: str = Field("", description="Trained sparse autoencoder: its artifact's hash, or a folder")
+    features: int = Field(20, ge=1, le=100, description="Features shown, the strongest on this prompt first")
+    feature: int = Field(-1, ge=-1, le=10_000_000, description="Feature shown in detail; −1: the strongest")
+    max_density: float = Field(
+        0.1, gt=0, le=1, description="Leave out features active at a larger share of training tokens"
+    )
+    tokens: int = Field(8, ge=1, le=40, description="Promoted and suppressed tokens per feature")
+    positions: int = Field(64, ge=0, le=2048, description="Last positions of the prompt to show; 0 shows all")
+
+
+@method(
+    "probe",
+    title="Sparse features",
+    needs=["decoder", "text"],
+    paper="https://arxiv.org/abs/2406.04093",
+    answers="What does this layer know?",
+    examples=(
+        Example(
+            "What a definition turns on", Prompt("A for loop is used to iterate over the items of a list")
+        ),
+    ),
+    cost=lambda anatomy, n_tokens, settings: Cost(
+        forwards=1.2, extra_bytes=4 * anatomy.d_model * 8 * (2 * anatomy.d_model + n_tokens)
+    ),
+)
+def sae_features(
+    loaded: LoadedModel, prompt: Prompt, progress: Progress, settings: SaeFeaturesSettings
+) -> Result:
+    """Name what a layer holds at each token: the few active features of a trained sparse autoencoder.
+
+    The residual stream after the autoencoder's layer is written as a sum of at most k feature directions,
+    z = TopK(ReLU(W_e (h − b))). A feature is known by the training text where it is strongest (its snippets), by the
+    tokens its direction pushes, W_U · norm(d_f), and by its density, the share of tokens where it is active. The
+    feature named by its number here can steer the model: direction sae:ARTIFACT:FEATURE.
+    """
+    started = time.perf_counter()
+    learned = load(settings.artifact, method=METHOD, loaded=loaded)
+    code, layer = SparseCode.of(learned), int(learned.facts["layer"])
+    encoded = encode(loaded, prompt)
+    if encoded.n_tokens < 2:
+        raise BadInput(
+            "the prompt is a single token, and a text's first position is not encoded; type two words"
+        )
+    with loaded.lock, torch.inference_mode():
+        read = _read(loaded, encoded, code, layer)
+        seen = _Seen.of(read, code, encoded)
+        shown = seen.strongest(learned, settings)
+        detail = settings.feature if settings.feature >= 0 else shown[0]
+        feature_direction(learned, detail)
+        pushes = _pushes(loaded, read.norm, code, [*shown, detail], settings.tokens)
+    table = _feature_table(seen, learned, shown, pushes)
+    start = encoded.start(settings.positions)
+    return Result(
+        frames={
+            "main": table,
+            "map": seen.map(shown, start),
+            "tokens": seen.strip(detail, start),
+            "snippets": _snippets(learned, detail),
+            "snippet_tokens": _snippet_tokens(learned, detail),
+            "pushes": pushes[pushes["feature"] == detail].drop_duplicates().reset_index(drop=True),
+        },
+        views=_VIEWS,
+        metrics=(
+            Metric("l0", seen.l0, "features/token", n=seen.n_readable),
+            Metric("fvu", seen.fvu, "", "lower", n=seen.n_readable),
+            Metric("fvu_in_training", float(learned.facts["fvu"]), "", "lower"),
+        ),
+        provenance=provenance(
+            loaded,
+            prompt,
+            method="sae_features",
+            settings=settings,
+            started=started,
+            conditions={"tokens": encoded.n_tokens, "layer": layer, "threads": torch.get_num_threads()},
+            exactness_gap=seen.gap,
+            exactness_check="largest |sum of the active features' directions − dense reconstruction|, of the largest |ĥ|",
+        ),
+        notes=_notes(loaded, learned, layer, detail, encoded.n_tokens - seen.n_readable),
+        flags=("unlike_training_text",) if seen.fvu > 2 * float(learned.facts["fvu"]) else (),
+    )
+
+
+_VIEWS = (
+    View(
+        "table",
+        x="feature",
+        color="activation",
+        text="promotes",
+        title="Strongest features of this prompt",
+        tooltip=("token", "share_of_max", "density", "suppresses", "snippet"),
+    ),
+    View(
+        "heatmap",
+        x="position",
+        y="feature",
+        color="activation",
+        frame="map",
+        title="Where each feature is active",
+        tooltip=("token",),
+    ),
+    View(
+        "tokens", x="position", color="activation", text="token", frame="tokens", title="The chosen feature"
+    ),
+    View(
+        "table",
+        x="rank",
+        color="activation",
+        text="snippet",
+        frame="snippets",
+        title="Training text where the chosen feature is strongest",
+        tooltip=("document",),
+    ),
+    View(
+        "heatmap",
+        x="offset",
+        y="rank",
+        color="activation",
+        text="token",
+        frame="snippet_tokens",
+        title="The chosen feature around those places",
+    ),
+    View(
+        "bar",
+        x="push",
+        y="token",
+        color="side",
+        frame="pushes",
+        title="Tokens the chosen feature pushes",
+        unit="logits per unit",
+        midpoint=0,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One forward pass: the layer's residuals, and the final norm frozen at the last position."""
+
+    residual_PD: Tensor
+    norm: FrozenNorm
+
+
+def _read(loaded: LoadedModel, encoded: Encoded, code: SparseCode, layer: int) -> _Read:
+    model, anatomy = loaded.model, loaded.anatomy
+    path = anatomy.blocks[layer - 1].path
+    assert anatomy.final_norm is not None
+    with (
+        capture(model, [path]) as stream,
+        capture(model, [anatomy.final_norm], inputs=True) as fed,
+        capture(model, [anatomy.final_norm]) as given,
+    ):
+        model(**encoded.inputs, use_cache=False, logits_to_keep=1)
+    norm = freeze(
+        model.get_submodule(anatomy.final_norm),
+        anatomy.final_norm,
+        offset=anatomy.norm_offset,
+        fed_D=fed[anatomy.final_norm][0, -1],
+        output_D=given[anatomy.final_norm][0, -1],
+    )
+    return _Read(stream[path][0].float(), norm)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the prompt's positions turn on. Arrays over all positions; those not encoded are 0."""
+
+    encoded: Encoded
+    values_PK: np.ndarray
+    features_PK: np.ndarray
+    n_readable: int
+    fvu: float
+    gap: float
+
+    @classmethod
+    def of(cls, read: _Read, code: SparseCode, encoded: Encoded) -> _Seen:
+        """Encode the readable positions, and hold the sparse sum against the dense one."""
+        readable_P = code.readable(read.residual_PD)
+        readable_P[0] = False
+        if not readable_P.any():
+            raise BadInput(
+                "every position of this prompt is an attention sink and is not encoded; type a longer text"
+            )
+        values_PK, features_PK = code.encode(read.residual_PD)
+        values_PK = values_PK * readable_P[:, None]
+        rows_ND = read.residual_PD[readable_P]
+        sparse_ND = code.decode(values_PK[readable_P], features_PK[readable_P])
+        dense_NF = torch.zeros(len(rows_ND), len(code.decoder_FD), device=rows_ND.device)
+        dense_NF.scatter_(1, features_PK[readable_P], values_PK[readable_P])
+        dense_ND = (dense_NF @ code.decoder_FD + code.bias_D) * code.scale
+        spread = (rows_ND - rows_ND.mean(0)).square().sum() if len(rows_ND) > 1 else rows_ND.square().sum()
+        return cls(
+            encoded,
+            values_PK.cpu().numpy(),
+            features_PK.cpu().numpy(),
+            int(readable_P.sum()),
+            float((rows_ND - sparse_ND).square().sum() / spread),
+            float((sparse_ND - dense_ND).abs().max() / dense_ND.abs().max()),
+        )
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active features per encoded position."""
+        return float((self.values_PK > 0).sum() / self.n_readable)
+
+    def activation(self, feature: int) -> np.ndarray:
+        """One feature at every position."""
+        found: np.ndarray = np.where(self.features_PK == feature, self.values_PK, 0).sum(-1)
+        return found
+
+    def strongest(self, learned: Learned, settings: SaeFeaturesSettings) -> list[int]:
+        """Features active here and not too dense, the strongest first."""
+        density = learned.tables["features"].set_index("feature")["density"]
+        ids, values = self.features_PK.ravel(), self.values_PK.ravel()
+        best = pd.Series(values).groupby(ids).max()
+        best = best[(best > 0) & (density.reindex(best.index) <= settings.max_density)]
+        if best.empty:
+            raise BadInput(
+                f"no feature with a density of at most {settings.max_density} is active here; raise max_density"
+            )
+        return [int(feature) for feature in best.nlargest(settings.features).index]
+
+    def map(self, shown: list[int], start: int) -> pd.DataFrame:
+        """One row per shown feature and position where it is active."""
+        parts = [self.strip(feature, start).assign(feature=str(feature)) for feature in shown]
+        return pd.concat(parts, ignore_index=True).query("activation > 0").reset_index(drop=True)
+
+    def strip(self, feature: int, start: int) -> pd.DataFrame:
+        """One feature along the prompt."""
+        positions = np.arange(start, self.encoded.n_tokens)
+        return pd.DataFrame(
+            {
+                "position": positions,
+                "token": self.encoded.texts[start:],
+                "activation": self.activation(feature)[start:],
+            }
+        )
+
+
+def _feature_table(seen: _Seen, learned: Learned, shown: list[int], pushes: pd.DataFrame) -> pd.DataFrame:
+    """One row per shown feature, the strongest first."""
+    facts = learned.tables["features"].set_index("feature").loc[shown]
+    snippets = learned.tables["snippets"]
+    first = snippets[snippets["rank"] == 1].set_index("feature").loc[shown]
+    here = [seen.activation(feature) for feature in shown]
+    peaks = [int(values.argmax()) for values in here]
+    strongest = [float(values.max()) for values in here]
+    sides = (
+        pushes.drop_duplicates(["feature", "side", "token_id"])
+        .groupby(["feature", "side"])["token"]
+        .agg("·".join)
+    )
+    return pd.DataFrame(
+        {
+            "feature": shown,
+            "activation": strongest,
+            "position": peaks,
+            "token": [seen.encoded.texts[peak] for peak in peaks],
+            "share_of_max": np.array(strongest) / facts["max_activation"].to_numpy(),
+            "density": facts["density"].to_numpy(),
+            "promotes": [sides[feature, "promoted"] for feature in shown],
+            "suppresses": [sides[feature, "suppressed"] for feature in shown],
+            "snippet": [_marked(*place) for place in zip(first["tokens"], first["peak"], strict=True)],
+        }
+    )
+
+
+def _pushes(
+    loaded: LoadedModel, norm: FrozenNorm, code: SparseCode, features: list[int], n: int
+) -> pd.DataFrame:
+    """The tokens whose logits each feature's direction raises and lowers most, relative to the mean logit."""
+    anatomy = loaded.anatomy
+    assert anatomy.unembedding is not None
+    head = loaded.model.get_submodule(anatomy.unembedding)
+    parts = []
+    for feature in dict.fromkeys(features):
+        folded_D = norm.apply(code.decoder_FD[feature].double()[None] * code.scale)[0].to(head.weight.dtype)
+        push_V = finish_logits(anatomy, head.weight @ folded_D).float()
+        push_V = push_V - push_V.mean()
+        for side, sign in (("promoted", 1), ("suppressed", -1)):
+            top = (sign * push_V).topk(min(n, len(push_V)))
+            ids = top.indices.tolist()
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "feature": feature,
+                        "side": side,
+                        "token": token_texts(loaded.tokenizer, ids),
+                        "token_id": ids,
+                        "push": sign * top.values.cpu().numpy(),
+                    }
+                )
+            )
+    return pd.concat(parts, ignore_index=True)
+
+
+def _snippets(learned: Learned, feature: int) -> pd.DataFrame:
+    table = learned.tables["snippets"]
+    rows = table[table["feature"] == feature]
+    lines = [_marked(*place) for place in zip(rows["tokens"], rows["peak"], strict=True)]
+    return rows[["rank", "document", "activation"]].assign(snippet=lines).reset_index(drop=True)
+
+
+def _snippet_tokens(learned: Learned, feature: int) -> pd.DataFrame:
+    """The same places token by token, offset 0 the strongest."""
+    table = learned.tables["snippets"]
+    parts = [
+        pd.DataFrame(
+            {
+                "rank": row["rank"],
+                "offset": np.arange(len(row["tokens"])) - row["peak"],
+                "token": row["tokens"],
+                "activation": row["activations"],
+            }
+        )
+        for row in table[table["feature"] == feature].to_dict("records")
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _marked(tokens: list[str], peak: int) -> str:
+    """A snippet as one line, its strongest token in ⟦ ⟧."""
+    return "".join([*tokens[:peak], f"⟦{tokens[peak]}⟧", *tokens[peak + 1 :]])
+
+
+def _notes(
+    loaded: LoadedModel, learned: Learned, layer: int, detail: int, n_left_out: int
+) -> tuple[str, ...]:
+    notes = [
+        f"The residual stream after {layer} of {loaded.anatomy.n_layers} blocks; in detail: feature {detail}.",
+        f"{n_left_out} positions (the first, and attention sinks) are not encoded.",
+        "Pushes are of the feature's direction straight on the logits, with the final norm frozen as at the last position.",
+    ]
+    if learned.facts["base_fingerprint"] != loaded.fingerprint:
+        notes.append(
+            "The autoencoder was trained on the model this variant was made from, not on the variant."
+        )
+    return tuple(notes)
