@@ -24,13 +24,19 @@ from core.journal import Journal
 from core.recipe import Recipe
 from core.recording import record
 from core.registry import Method, get
-from core.types import Dtype, ModelRef, Progress, Run, Variant, part_of, silent
+from core.types import Dtype, Family, ModelRef, Progress, Run, Variant, part_of, silent
 
 if TYPE_CHECKING:
     from core.catalog.store import Catalog
+    from core.images.labelled import LabelledImages
     from core.models.loaded import LoadedModel
+    from core.types import Documents
 
-EVALUATION_OF = {"decoder": "language_modelling", "encoder": "embedding_agreement"}
+EVALUATION_OF: dict[Family, str] = {
+    "decoder": "language_modelling",
+    "encoder": "embedding_agreement",
+    "vision": "image_classification",
+}
 """The evaluation of each model family when none is named."""
 
 COMPARE_COLUMNS = (
@@ -176,24 +182,22 @@ def evaluate_variant(
     scratch: Path | None = None,
     job_id: str | None = None,
 ) -> Run:
-    """Measure the quality of a variant against its base, both reloaded from disk, on held-out documents.
+    """Measure the quality of a variant against its base, both reloaded from disk, on held-out documents or pictures.
 
-    ``settings`` values may be text. Finished parts are kept in ``scratch``, and the next call goes on from there.
-    Raises ``BadInput`` where no evaluation fits the model's family.
+    For a vision model ``documents`` names pictures, and the embedded default means the embedded digits. ``settings``
+    values may be text. Finished parts are kept in ``scratch``, and the next call goes on from there.
     """
-    from core.text.documents import load_documents
-
     variant = catalog.variant(variant_id)
     base = catalog.variant(variant.base_id)
-    chosen = get("evaluate", method or _evaluation_of(variant))
+    chosen = get("evaluate", method or EVALUATION_OF[variant.family])
     parsed = _settings(chosen, settings)
-    texts = load_documents(documents, split="evaluation")
+    material = _material(chosen, documents, parsed)
     started = datetime.now(UTC)
     base_model = _reopened(catalog, base, part_of(progress, 0.0, 0.05))
     chosen.refuse_if(base_model.missing_needs(chosen.needs), base.name)
     model = base_model if variant.id == base.id else _reopened(catalog, variant, part_of(progress, 0.05, 0.1))
     journal = Journal(None if scratch is None else scratch / "documents.jsonl")
-    result = chosen.run(base_model, model, texts, journal, part_of(progress, 0.1, 0.98), parsed)
+    result = chosen.run(base_model, model, material, journal, part_of(progress, 0.1, 0.98), parsed)
     return record(catalog, "evaluate", variant.id, result, started, job_id=job_id)
 
 
@@ -298,10 +302,14 @@ def _refuse_changed(variant: Variant, fingerprint: str) -> None:
         )
 
 
-def _evaluation_of(variant: Variant) -> str:
-    if variant.family not in EVALUATION_OF:
-        raise BadInput(f"{variant.name} is a {variant.family} model, for which there is no evaluation yet")
-    return EVALUATION_OF[variant.family]
+def _material(evaluation: Method, source: str, settings: Any) -> Documents | LabelledImages:
+    """What an evaluation measures on: labelled pictures for vision models, else held-out text."""
+    from core.images.labelled import load_images
+    from core.text.documents import load_documents
+
+    if "vision" in evaluation.needs:
+        return load_images("digits" if source == "pydoc" else source, limit=settings.max_images)
+    return load_documents(source, split="evaluation")
 
 
 def _settings(method: Method, values: Mapping[str, Any] | None) -> Any:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from core.errors import BadInput
 from core.lazy import torch
 from core.models.loaded import LoadedModel
 from core.registry import Settings
 from core.types import Documents, Provenance
+
+
+class Material(Protocol):
+    """What two models are compared on: text or pictures, named and hashed by content."""
+
+    @property
+    def name(self) -> str:
+        """What a reader knows it by."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Content hash of all of it."""
 
 
 def refuse_calibration(documents: Documents) -> None:
@@ -25,7 +37,7 @@ def refuse_calibration(documents: Documents) -> None:
 def provenance(
     base: LoadedModel,
     variant: LoadedModel,
-    documents: Documents,
+    material: Material,
     *,
     method: str,
     protocol: str,
@@ -33,19 +45,20 @@ def provenance(
     began: float,
     conditions: Mapping[str, Any],
     inputs: Mapping[str, str] | None = None,
+    role: Literal["documents", "images"] = "documents",
 ) -> Provenance:
     """What one evaluation was computed from; ``began`` is the ``time.perf_counter`` at its beginning."""
     return Provenance(
         method=method,
         settings=settings.model_dump(mode="json"),
         model_fingerprint=variant.fingerprint,
-        inputs={"documents": documents.fingerprint, **(inputs or {})},
+        inputs={role: material.fingerprint, **(inputs or {})},
         dtype=variant.dtype,
         device=variant.device,
         attention_kernel=str(variant.model.config._attn_implementation),
         protocol=protocol,
         conditions={
-            "text": documents.name,
+            "text" if role == "documents" else role: material.name,
             **conditions,
             "threads": torch.get_num_threads(),
             "base_dtype": base.dtype,

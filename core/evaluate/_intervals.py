@@ -90,12 +90,15 @@ class Bootstrap:
         how = f"paired bootstrap over {n} {self.unit}, {self.draws} draws, expanded percentile"
         return Interval(float(low), float(high), how)
 
-    def share(self, hits_D: Floats, trials_D: Floats) -> Interval:
-        """Interval of a share; Wilson's where no or every trial hit, as resampling cannot leave 0 or 1 there."""
+    def share(self, hits_D: Floats, trials_D: Floats, *, of: str = "tokens") -> Interval:
+        """Interval of a share; Wilson's where no or every trial hit, as resampling cannot leave 0 or 1 there.
+
+        ``of`` names the trials in the interval's description.
+        """
         hits, trials = int(hits_D.sum()), int(trials_D.sum())
         if 0 < hits < trials:
             return self.ratio(hits_D, trials_D)
-        return Interval(*wilson(hits, trials), f"Wilson, {trials} tokens taken as independent")
+        return Interval(*wilson(hits, trials), f"Wilson, {trials} {of} taken as independent")
 
 
 def _tail(n: int) -> float:

@@ -1,0 +1,1 @@
+"""Pictures and labelled sets of pictures, for vision models."""
