@@ -49,6 +49,10 @@ def encode(loaded: LoadedModel, prompt: Prompt) -> Encoded:
     """Tokenize a prompt for this model; raises ``BadInput`` when it is empty, too long, or an unusable pair."""
     tokenizer = loaded.tokenizer
     assert tokenizer is not None, "the registry's `needs` keep models without tokenizer away from text probes"
+    if prompt.image is not None:
+        raise BadInput(
+            f"{loaded.ref} reads text and takes no image; leave the image out, or open a vision model, e.g. demo:vit"
+        )
     if not prompt.text.strip():
         raise BadInput("the prompt is empty; type at least one word")
     if prompt.second is not None and loaded.family != "encoder":
