@@ -33,6 +33,7 @@ Question = Literal[
     "Which heads matter?",
     "Where is the fact?",
     "What does this layer know?",
+    "What did compression break?",
 ]
 """What a reader of a model asks; every probe says which one it answers, and the page opens on them."""
 PACKAGES: dict[Kind, str] = {
@@ -81,6 +82,11 @@ class Method:
     examples: tuple[Example, ...] = ()
     cost: CostOf | None = None
     """None: about one forward pass."""
+
+    @property
+    def takes_reference(self) -> bool:
+        """Whether it looks at two models at once: ``run(loaded, reference, prompt, progress, settings)``."""
+        return "reference" in inspect.signature(self.run).parameters
 
     def parse(self, values: dict[str, Any]) -> Settings:
         """Validate settings; raises ``BadSettings`` naming each wrong field, its value and what is allowed."""

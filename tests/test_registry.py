@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import runpy
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import BaseModel
 
-from core.errors import BadSettings, UnknownMethod
+from core.errors import BadInput, BadSettings, UnknownMethod
+from core.models.loaded import LoadedModel
 from core.registry import PACKAGES, Method, get, method, methods
 from core.types import Prompt, Result, silent
+from tests.compress.making import own_model
 from tests.tiny import FAMILIES, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,16 +60,34 @@ class TestEveryMethod:
 @pytest.mark.parametrize("m", methods("probe").values(), ids=lambda m: m.id)
 def test_a_probe_runs_on_every_family_it_claims_and_refuses_the_others(m: Method, family: str):
     loaded = tiny_model(family)
-    prompt = Prompt("one two three one two three")
+    second = "three two one" if "encoder" in m.needs else None
+    prompt = Prompt(image="digits:0") if family == "vit" else Prompt("one two three one two three", second)
     if loaded.missing_needs(m.needs):
         pytest.skip(f"{m.id} does not claim {family}")
-    result = m.run(loaded, prompt, silent, m.parse({}))
+    if "artifact" in m.settings.model_fields:
+        with pytest.raises(BadInput, match="slimscope train"):
+            m.run(loaded, prompt, silent, m.parse({}))
+        return
+    if m.takes_reference:
+        result = m.run(_halved(family), loaded, prompt, silent, m.parse({}))
+    else:
+        result = m.run(loaded, prompt, silent, m.parse({}))
     assert isinstance(result, Result)
     assert result.views, "a result says how it wants to be drawn"
     for view in result.views:
         assert set(view.columns) <= set(result.frames[view.frame].columns)
         assert len(result.frames[view.frame]) <= 10_000
     assert result.provenance.model_fingerprint == loaded.fingerprint
+
+
+@cache
+def _halved(family: str) -> LoadedModel:
+    """The tiny model with one matrix damaged: a variant for probes that look at two models."""
+    with tempfile.TemporaryDirectory() as folder:
+        variant = own_model(family, Path(folder))
+    with torch.no_grad():
+        variant.model.get_submodule(variant.anatomy.blocks[1].o).weight.mul_(-0.5)
+    return variant
 
 
 def test_the_readme_table_is_current():
