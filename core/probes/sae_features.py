@@ -19,7 +19,6 @@ from pydantic import Field
 from core.capture import capture
 from core.errors import BadInput
 from core.lazy import torch
-from core.models.readout import finish_logits
 from core.probes._norm_fold import FrozenNorm, freeze
 from core.probes._provenance import provenance
 from core.probes._tokens import Encoded, encode, token_texts
@@ -308,14 +307,18 @@ def _feature_table(seen: _Seen, learned: Learned, shown: list[int], pushes: pd.D
 def _pushes(
     loaded: LoadedModel, norm: FrozenNorm, code: SparseCode, features: list[int], n: int
 ) -> pd.DataFrame:
-    """The tokens whose logits each feature's direction raises and lowers most, relative to the mean logit."""
+    """The tokens whose logits each feature's direction raises and lowers most, relative to the mean logit.
+
+    Two rows through the head, one of them zero: its bias drops out, whatever its kernel.
+    """
     anatomy = loaded.anatomy
     assert anatomy.unembedding is not None
     head = loaded.model.get_submodule(anatomy.unembedding)
     parts = []
     for feature in dict.fromkeys(features):
-        folded_D = norm.apply(code.decoder_FD[feature].double()[None] * code.scale)[0].to(head.weight.dtype)
-        push_V = finish_logits(anatomy, head.weight @ folded_D).float()
+        folded_D = norm.apply(code.decoder_FD[feature].double()[None] * code.scale)[0].to(loaded.model.dtype)
+        pair_2V = head(torch.stack([folded_D, torch.zeros_like(folded_D)])).float()
+        push_V = (pair_2V[0] - pair_2V[1]) * anatomy.logit_scale
         push_V = push_V - push_V.mean()
         for side, sign in (("promoted", 1), ("suppressed", -1)):
             top = (sign * push_V).topk(min(n, len(push_V)))

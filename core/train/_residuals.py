@@ -6,8 +6,7 @@ the text has more than one. Legend: B windows of one length, P position, D d_mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,22 +103,6 @@ def run_window(loaded: LoadedModel, window: TextWindow) -> Any:
     """One forward pass over one window; logits of the last position only."""
     ids = torch.tensor([window.ids], device=loaded.model.device)
     return loaded.model(input_ids=ids, use_cache=False, logits_to_keep=1)
-
-
-@contextmanager
-def replaced(model: Any, path: str, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let the module at ``path`` put out ``edit(hidden)`` instead of its hidden state while the block runs."""
-
-    def change(module: Any, args: Any, output: Any) -> Any:
-        if torch.is_tensor(output):
-            return edit(output)
-        return (edit(output[0]), *output[1:])
-
-    handle = model.get_submodule(path).register_forward_hook(change)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 class _Enough(Exception):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,36 +13,11 @@ from core.types import Documents, Metric, Provenance, Result, View
 if TYPE_CHECKING:
     from core.models.loaded import LoadedModel
     from core.registry import Settings
+    from core.train._sparse_quality import Quality
 
 SHOWN = 200
 ALWAYS_ON = 0.1
 """Features denser than this are rarely about anything one can name."""
-
-
-@dataclass(frozen=True)
-class Quality:
-    """What an autoencoder keeps of a layer, on held-out text. Losses in nats per token."""
-
-    l0: float
-    fvu: float
-    dead_share: float
-    loss: float
-    loss_reconstructed: float
-    loss_zero: float
-    held_out_tokens: int
-    loss_tokens: int
-
-    @property
-    def ce_recovered(self) -> float | None:
-        """(CE_zero − CE_ĥ) / (CE_zero − CE); None where the layer is no help to the model, so nothing can be lost."""
-        if self.loss_zero <= self.loss:
-            return None
-        return (self.loss_zero - self.loss_reconstructed) / (self.loss_zero - self.loss)
-
-    @property
-    def facts(self) -> dict[str, float | None]:
-        """For the artifact."""
-        return {**asdict(self), "ce_recovered": self.ce_recovered}
 
 
 def report(

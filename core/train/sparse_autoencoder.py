@@ -1,42 +1,36 @@
 """Train a TopK sparse autoencoder (Gao et al. 2024) on one layer's residual stream.
 
 It gathers the residuals of running text, hands them to ``_sparse_training.py``, and measures what came out on
-held-out text. Legend: P positions of a window, N rows, D d_model, V vocabulary.
+held-out text. Legend: N rows, D d_model, K active features.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
 
-from core.capture import capture
 from core.errors import BadInput, CannotMeasure
 from core.lazy import torch
 from core.models.fp32_path import Fp32Setting, fast_fp32
-from core.models.readout import unembed
 from core.registry import Settings, method
 from core.train._feature_tables import Codes, feature_table, snippet_table
-from core.train._residuals import TextParts, TextWindow, cut_text, replaced, residual_after, run_window
+from core.train._residuals import TextParts, cut_text, residual_after
 from core.train._sparse_code import METHOD, SparseCode
-from core.train._sparse_report import Quality, report
+from core.train._sparse_quality import ROWS_AT_ONCE, Quality, fvu, mean_l0, measure_losses
+from core.train._sparse_report import report
 from core.train._sparse_training import Fitted, Recipe, fit
 from core.train._trained import Trained, bound_to
 from core.types import Cost, Documents, Progress, part_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from core.models.anatomy import Anatomy
     from core.models.loaded import LoadedModel
 
 OUTLIER_RATIO = 10.0
 """Rows whose norm is more than this many times the median's are attention sinks, and left as they are."""
-ROWS_AT_ONCE = 2048
-LOGIT_ROWS = 64
 
 
 class SparseAutoencoderSettings(Settings):
@@ -129,7 +123,7 @@ def sparse_autoencoder(
         held_out = parts.held_out[: settings.loss_windows]
         losses = measure_losses(loaded, code, layer, held_out, part_of(progress, 0.92, 1.0))
     quality = Quality(
-        l0=gathered.l0(code),
+        l0=mean_l0(code, gathered.held_out),
         fvu=fvu(code, gathered.held_out),
         dead_share=float((features["density"] == 0).mean()),
         loss=losses[0],
@@ -211,65 +205,3 @@ class _Gathered:
         pairs = [code.encode(rows_ND) for rows_ND in torch.split(self._rows, ROWS_AT_ONCE)]
         values_NK, features_NK = (torch.cat(part) for part in zip(*pairs, strict=True))
         return Codes.of(values_NK, features_NK, self._window_N, self._position_N)
-
-    def l0(self, code: SparseCode) -> float:
-        """Mean number of active features per held-out row."""
-        parts = (code.encode(rows_ND)[0] for rows_ND in torch.split(self.held_out, ROWS_AT_ONCE))
-        return sum(int((values_NK > 0).sum()) for values_NK in parts) / len(self.held_out)
-
-
-def fvu(code: SparseCode, rows_ND: Tensor) -> float:
-    """Share of variance that the reconstruction leaves unexplained."""
-    left = sum(
-        float((part - code.reconstruct(part)).double().square().sum())
-        for part in torch.split(rows_ND, ROWS_AT_ONCE)
-    )
-    return left / float((rows_ND - rows_ND.mean(0)).double().square().sum())
-
-
-def measure_losses(
-    loaded: LoadedModel, code: SparseCode, layer: int, windows: tuple[TextWindow, ...], progress: Progress
-) -> tuple[float, float, float]:
-    """The model's mean loss (nats per token) on these windows: as it is, on reconstructions, and on zeros."""
-    path = loaded.anatomy.blocks[layer - 1].path
-
-    def zeros(residual_ND: Tensor) -> Tensor:
-        return torch.zeros_like(residual_ND)
-
-    edits: list[Callable[[Tensor], Tensor] | None] = [None, code.reconstruct, zeros]
-    sums = [0.0, 0.0, 0.0]
-    for index, window in enumerate(windows):
-        for which, edit in enumerate(edits):
-            progress(3 * index + which, 3 * len(windows), "measuring the model's loss on reconstructions")
-            if edit is None:
-                sums[which] += _loss(loaded, window)
-            else:
-                with replaced(loaded.model, path, lambda hidden, edit=edit: _edited(hidden, code, edit)):  # type: ignore[misc]
-                    sums[which] += _loss(loaded, window)
-    n = sum(len(window.ids) - 1 for window in windows)
-    return sums[0] / n, sums[1] / n, sums[2] / n
-
-
-def _edited(hidden_BPD: Tensor, code: SparseCode, edit: Callable[[Tensor], Tensor]) -> Tensor:
-    """Change all readable positions but the first."""
-    changed_BPD = hidden_BPD.clone()
-    chosen_P = code.readable(hidden_BPD[0])
-    chosen_P[0] = False
-    changed_BPD[0, chosen_P] = edit(hidden_BPD[0, chosen_P])
-    return changed_BPD
-
-
-def _loss(loaded: LoadedModel, window: TextWindow) -> float:
-    """Summed loss of a window's tokens but the first, a few rows of logits at a time."""
-    last = loaded.anatomy.blocks[-1].path
-    with capture(loaded.model, [last]) as residual:
-        run_window(loaded, window)
-    residual_PD = residual[last][0, :-1]
-    targets_P = torch.tensor(window.ids[1:], device=residual_PD.device)
-    total = 0.0
-    for rows_RD, targets_R in zip(
-        torch.split(residual_PD, LOGIT_ROWS), torch.split(targets_P, LOGIT_ROWS), strict=True
-    ):
-        logits_RV = unembed(loaded.model, loaded.anatomy, rows_RD).float()
-        total += float(torch.nn.functional.cross_entropy(logits_RV, targets_R, reduction="sum"))
-    return total
