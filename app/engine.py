@@ -7,16 +7,20 @@ here imports torch: models live in the inspector's child process, long work in j
 from __future__ import annotations
 
 import json
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import streamlit as st
 
-from core.catalog import queries
-from core.catalog.store import Catalog
+from core.catalog import queries, results
+from core.catalog.store import Catalog, base_id
+from core.errors import SlimscopeError
 from core.inspector import Inspector, Ticket
 from core.inspector.protocol import Stamp, stamp
 from core.jobs.queue import Queue
@@ -24,7 +28,7 @@ from core.jobs.supervisor import ensure_supervisor
 from core.models.demo import demo_files
 from core.paths import catalog_url
 from core.registry import Method, Settings
-from core.types import ModelRef, Prompt, canonical_json
+from core.types import ModelRef, Prompt, Result, Run, canonical_json
 
 # --- catalog ------------------------------------------------------------------------------------------
 
@@ -116,11 +120,73 @@ def _open(source: str, files: Stamp) -> Ticket:
     return inspector().submit("open", ModelRef.parse(source))
 
 
-@st.cache_resource(max_entries=64, show_spinner=False)
-def _probe(source: str, files: Stamp, method: str, text: str, second: str | None, settings: str) -> Ticket:
-    return inspector().submit(
-        "probe", method, ModelRef.parse(source), Prompt(text, second), json.loads(settings)
-    )
+@dataclass(frozen=True)
+class Question:
+    """One probe call, as every session that asks the same asks it."""
+
+    source: str
+    files: Stamp
+    method: str
+    prompt: Prompt
+    settings: str
+    """Canonical JSON."""
+    reference: str | None = None
+    """Source of the original that a comparing probe holds the model against."""
+
+    @classmethod
+    def of(
+        cls, source: str, method: Method, prompt: Prompt, settings: Settings, reference: str | None = None
+    ) -> Question:
+        """The call that these would make."""
+        values = canonical_json(settings.model_dump(mode="json"))
+        files = stamp(ModelRef.parse(source))
+        if reference is not None:
+            files += stamp(ModelRef.parse(reference))
+        return cls(source, files, method.id, prompt, values, reference)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The settings as plain data."""
+        values: dict[str, Any] = json.loads(self.settings)
+        return values
+
+
+class _Tickets:
+    """The tickets of the latest probe calls, shared by all sessions."""
+
+    def __init__(self, most: int = 64) -> None:
+        self._most = most
+        self._tickets: OrderedDict[Question, Ticket] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, question: Question) -> Ticket | None:
+        with self._lock:
+            return self._tickets.get(question)
+
+    def ask(self, question: Question) -> Ticket:
+        with self._lock:
+            if question not in self._tickets:
+                ref, original = ModelRef.parse(question.source), question.reference
+                self._tickets[question] = inspector().submit(
+                    "probe",
+                    question.method,
+                    ref,
+                    question.prompt,
+                    question.values,
+                    None if original is None else ModelRef.parse(original),
+                )
+                while len(self._tickets) > self._most:
+                    self._tickets.popitem(last=False)
+            return self._tickets[question]
+
+    def forget(self, question: Question) -> None:
+        with self._lock:
+            self._tickets.pop(question, None)
+
+
+@st.cache_resource(max_entries=1, show_spinner=False)
+def _probes() -> _Tickets:
+    return _Tickets()
 
 
 @dataclass(frozen=True)
@@ -140,11 +206,66 @@ def open_model(source: str) -> Call:
     return Call(_open(*arguments), partial(_open.clear, *arguments), expected_s)
 
 
-def probe(source: str, method: Method, prompt: Prompt, settings: Settings) -> Call:
-    """Run a probe in the inspector; its result is a ``Result``. Raises ``BadInput``."""
-    values = canonical_json(settings.model_dump(mode="json"))
-    arguments = source, stamp(ModelRef.parse(source)), method.id, prompt.text, prompt.second, values
-    return Call(_probe(*arguments), partial(_probe.clear, *arguments))
+def probe(question: Question) -> Call:
+    """Run a probe in the inspector; its result is a ``Result``."""
+    return Call(_probes().ask(question), partial(_probes().forget, question))
+
+
+def was_asked(question: Question) -> bool:
+    """Whether the call was made already, so that asking again costs nothing."""
+    return _probes().get(question) is not None
+
+
+TOKENIZE_WAIT_S = 1.0
+
+
+@st.cache_data(max_entries=256, show_spinner=False)
+def _n_tokens(source: str, files: Stamp, text: str) -> int:
+    tokens = inspector().submit("tokenize", ModelRef.parse(source), text).result(timeout=TOKENIZE_WAIT_S)
+    return len(tokens)
+
+
+def n_tokens(source: str, text: str) -> int:
+    """How many tokens a text has; a guess (four characters each) while the inspector is busy."""
+    try:
+        return _n_tokens(source, stamp(ModelRef.parse(source)), text)
+    except (TimeoutError, SlimscopeError):
+        return max(1, len(text) // 4)
+
+
+# --- stored runs --------------------------------------------------------------------------------------
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def run_of(run_id: str) -> Run:
+    """A run by its id; runs never change. Raises ``BadInput``."""
+    return queries.run_of(catalog(), run_id)
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def result_of(run_id: str) -> Result:
+    """The whole result a probe's or a training's run kept. Raises ``BadInput``."""
+    return results.result_of(catalog(), run_id)
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def trained(base_id: str, revision: int) -> list[Run]:
+    """The trainings on a base and its variants, newest first, as of a revision of the catalog."""
+    return queries.trained(catalog(), base_id)
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def relatives(base_id: str, revision: int) -> dict[str, str]:
+    """Source → name of a base and everything made from it, as of a revision of the catalog."""
+    return {variant.source: variant.name for variant in catalog().variants(base_id)}
+
+
+def base_of(source: str, fingerprint: str) -> str:
+    """The id of the base that a model is, or was made from; the model need not be in the catalog yet."""
+    ref = ModelRef.parse(source)
+    if ref.kind == "variant":
+        return catalog().variant(ref.source.removeprefix("variant:")).base_id
+    return base_id(fingerprint)
 
 
 CONVERSION_S_PER_GB = 290.0

@@ -10,6 +10,7 @@ import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin
 
 import streamlit as st
@@ -24,20 +25,34 @@ _SEGMENTS = 5
 """Up to so many choices are shown side by side; more become a select box."""
 
 
-def settings_form(method: Method, *, prefix: str | None = None, columns: int = 3) -> Settings | None:
+def settings_form(
+    method: Method,
+    *,
+    prefix: str | None = None,
+    columns: int = 3,
+    inputs: Any | None = None,
+    own: Mapping[str, Callable[[], Any]] | None = None,
+) -> Settings | None:
     """Draw the settings of ``method`` in a grid; return them validated, or None after saying what is wrong.
 
-    Widget keys, which are also the query parameters, are ``{prefix}_{field}``; the prefix defaults to the id.
+    Widget keys, which are also the query parameters, are ``{prefix}_{field}``; the prefix defaults to the id. Texts to
+    type are inputs rather than settings: they go into the container ``inputs`` where there is one. ``own`` draws
+    fields that have a widget of their own.
     """
     fields = method.settings.model_fields
     prefix = prefix or method.id
+    own = own or {}
+    typed = [name for name in fields if inputs is not None and (name in own or is_text(fields[name]))]
     slots, values = {}, {}
-    if fields:
-        grid = st.grid(columns, min_column_width=180)
-        for name, info in fields.items():
+    for names, place in ((typed, inputs or st), ([n for n in fields if n not in typed], st)):
+        if not names:
+            continue
+        grid = place.grid(columns, min_column_width=180)
+        for name in names:
             slots[name] = grid.container(gap=None)
             with slots[name]:
-                values[name] = _widget(name, info, f"{prefix}_{name}")
+                draw = own.get(name, partial(_widget, name, fields[name], f"{prefix}_{name}"))
+                values[name] = draw()
     settings, problems = validated(method.settings, values)
     for name, sentence in problems.items():
         slots.get(name, st).markdown(f":red[{esc(sentence)}]")
@@ -54,6 +69,11 @@ def validated(settings: type[Settings], values: Mapping[str, Any]) -> tuple[Sett
             said = problem["msg"].removeprefix("Value error, ")
             problems[".".join(map(str, problem["loc"]))] = said[:1].upper() + said[1:]
         return None, problems
+
+
+def is_text(info: FieldInfo) -> bool:
+    """Whether a field is a text to type, such as a target token or a second prompt."""
+    return _unwrapped(info.annotation)[0] is str
 
 
 def default_settings(method: Method) -> dict[str, Any]:

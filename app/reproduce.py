@@ -15,6 +15,7 @@ from typing import Any
 
 from core.recipe import Recipe
 from core.registry import Method, Settings
+from core.types import Prompt
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -25,20 +26,22 @@ from core.types import ModelRef, Prompt, silent
 
 method = get("{kind}", "{id}")
 settings = method.parse({settings!r})
-result = method.run(open_model(ModelRef.parse({source!r})), Prompt({text!r}), silent, settings)
+result = method.run(open_model(ModelRef.parse({source!r})), {prompt!r}, silent, settings)
 print(result.frame)
 '''
 
 
-def probe_command(method: Method, source: str, text: str, settings: Settings) -> str:
+def probe_command(method: Method, source: str, prompt: Prompt, settings: Settings) -> str:
     """The ``slimscope probe`` line with the settings that differ from their defaults."""
-    parts = ["slimscope", "probe", method.id, "--model", source, "--text", text]
+    parts = ["slimscope", "probe", method.id, "--model", source]
+    parts += ["--image", prompt.image] if prompt.image is not None else ["--text", prompt.text]
+    parts += [] if prompt.second is None else ["--second", prompt.second]
     for name, value in changed(settings).items():
         parts += ["--set", f"{name}={value}"]
     return shlex.join(parts)
 
 
-def probe_script(method: Method, source: str, folder: str, text: str, settings: Settings) -> str:
+def probe_script(method: Method, source: str, folder: str, prompt: Prompt, settings: Settings) -> str:
     """The Python script; ``folder`` is where plain transformers finds the model: a hub id or a folder."""
     path = SCRIPTS / f"{method.id}.py"
     if not path.is_file():
@@ -48,9 +51,9 @@ def probe_script(method: Method, source: str, folder: str, text: str, settings: 
             id=method.id,
             settings=changed(settings),
             source=source,
-            text=text,
+            prompt=prompt,
         )
-    constants = {"MODEL": folder, "TEXT": text}
+    constants = {"MODEL": folder, "TEXT": prompt.text, "SECOND": prompt.second, "IMAGE": prompt.image}
     constants |= {name.upper(): value for name, value in settings.model_dump(mode="json").items()}
     return with_constants(path.read_text(encoding="utf-8"), constants)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import streamlit as st
@@ -106,15 +107,24 @@ def choose_model(source: str) -> None:
     st.session_state["model"] = st.query_params["model"] = source
 
 
-def picked_cell() -> tuple[str, str] | None:
-    """Row and column key of the picked cell, as text; the page checks that they exist."""
-    row, separator, col = st.query_params.get("cell", "").partition(_SEPARATOR)
-    return (row, col) if separator else None
+@dataclass(frozen=True)
+class Picked:
+    """The picked cell as the address carries it: keys as text, and on which axes where a result has several."""
+
+    row: str
+    col: str
+    axes: str = ""
 
 
-def pick_cell(row_key: object, col_key: object) -> None:
+def picked_cell() -> Picked | None:
+    """The picked cell; the page checks that it exists."""
+    parts = st.query_params.get("cell", "").split(_SEPARATOR)
+    return Picked(*parts) if len(parts) in (2, 3) else None
+
+
+def pick_cell(row_key: object, col_key: object, axes: str = "") -> None:
     """Put a cell into the address."""
-    st.query_params["cell"] = f"{row_key}{_SEPARATOR}{col_key}"
+    st.query_params["cell"] = _SEPARATOR.join([str(row_key), str(col_key), *([axes] if axes else [])])
 
 
 def clear_cell() -> None:

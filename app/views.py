@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,6 +98,37 @@ def _cell(value: object, floating: bool) -> str:
     return visible(str(value))
 
 
+Box = tuple[float, float, float, float]
+"""Left, top, width and height, as shares of a picture."""
+
+
+def boxes(frame: pd.DataFrame, view: View, picture: bytes) -> list[Box]:
+    """Where the patches of an image view lie on its picture; x and y are a patch's upper left corner in pixels.
+
+    Without columns ``width`` and ``height`` a patch reaches to the next one.
+    """
+    assert view.y
+    across, down = png_size(picture)
+    widths = frame["width"] if "width" in frame else _step(frame[view.x], across)
+    heights = frame["height"] if "height" in frame else _step(frame[view.y], down)
+    sides = pd.DataFrame({"x": frame[view.x], "y": frame[view.y], "w": widths, "h": heights}).to_numpy(float)
+    shares = sides / [across, down, across, down]
+    return [(x, y, w, h) for x, y, w, h in shares.tolist()]
+
+
+def _step(corners: pd.Series, whole: int) -> float:
+    """The smallest distance between two patches; the whole picture where there is but one."""
+    distances = np.diff(np.unique(corners.to_numpy(dtype=float)))
+    return float(distances.min()) if len(distances) else float(whole)
+
+
+def png_size(picture: bytes) -> tuple[int, int]:
+    """Width and height of a PNG in pixels, from its header."""
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n", "images of results are PNG"
+    width, height = struct.unpack(">II", picture[16:24])
+    return width, height
+
+
 def cell_rows(frame: pd.DataFrame, view: View, row_key: object, col_key: object) -> pd.DataFrame:
     """The rows of a frame that belong to one cell of a map with the same axes."""
     assert view.y
@@ -129,6 +161,19 @@ def is_detail(view: View, group: Sequence[View]) -> bool:
     """Whether a view shows one cell of a group of maps: a table with the same axes in another frame."""
     axes = group[0]
     return view.kind == "table" and view.frame != axes.frame and (view.x, view.y) == (axes.x, axes.y)
+
+
+def reading_order(view: View) -> list[str]:
+    """A table's columns: where it is, what it says, then the numbers."""
+    return list(dict.fromkeys([view.x, *([view.text] if view.text else []), *view.columns]))
+
+
+def measures(frame: pd.DataFrame, view: View) -> list[str]:
+    """The columns a scatter can be drawn over: its own two, then every other measured number of the frame."""
+    others = [
+        column for column in frame.columns if is_float_dtype(frame[column]) and frame[column].notna().any()
+    ]
+    return list(dict.fromkeys([view.x, *([view.y] if view.y else []), *others]))
 
 
 def display_names(columns: Sequence[str], view: View) -> dict[str, str]:

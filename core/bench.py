@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.calling import refuse_misfit, run_probe
 from core.loop import entry_of, opened
 from core.recording import record
 from core.registry import Method, Settings, get
@@ -20,7 +21,6 @@ from core.types import ModelRef, Progress, Prompt, Run, part_of, silent
 
 if TYPE_CHECKING:
     from core.catalog.store import Catalog
-    from core.models.loaded import LoadedModel
 
 
 def probe_model(
@@ -30,21 +30,28 @@ def probe_model(
     prompt: Prompt,
     *,
     settings: Mapping[str, Any] | None = None,
+    reference: str | None = None,
     progress: Progress = silent,
     job_id: str | None = None,
 ) -> Run:
     """Run a probe and keep its result; the run's conditions hold all that is needed to ask again.
 
-    Raises ``BadInput`` where the probe does not fit the model, the prompt or its settings.
+    ``reference`` is the original that a comparing probe holds the model against (default: a variant's base). Raises
+    ``BadInput`` where the probe does not fit the model, the prompt or its settings.
     """
     method = get("probe", method_id)
     parsed = method.parse(dict(settings or {}))
-    loaded = opened(catalog, model, progress=part_of(progress, 0.0, 0.1))
-    refuse_misfit(method, loaded)
+    if method.takes_reference and reference is None:
+        reference = original_of(catalog, model)
+    original = (
+        None if reference is None else opened(catalog, reference, progress=part_of(progress, 0.0, 0.05))
+    )
+    loaded = opened(catalog, model, progress=part_of(progress, 0.05, 0.1))
     entry = entry_of(catalog, loaded)
     started = datetime.now(UTC)
-    result = method.run(loaded, prompt, part_of(progress, 0.1, 0.98), parsed)
-    asked = {**_asked(method, model, parsed), "prompt": asdict(prompt)}
+    running = part_of(progress, 0.1, 0.98)
+    result = run_probe(method, loaded, prompt, running, parsed, reference=original)
+    asked = {**_asked(method, model, parsed), "prompt": asdict(prompt), "reference": reference}
     return record(catalog, "probe", entry.id, result, started, job_id=job_id, also=asked)
 
 
@@ -83,10 +90,13 @@ def train_on(
     return record(catalog, "train", entry.id, trained.result, started, job_id=job_id, also=asked)
 
 
-def refuse_misfit(method: Method, loaded: LoadedModel) -> None:
-    """Raise ``BadInput`` when the model cannot give what the method needs."""
-    name = f"{loaded.ref} ({loaded.family}, {loaded.anatomy.model_type})"
-    method.refuse_if(loaded.missing_needs(method.needs), name)
+def original_of(catalog: Catalog, model: str) -> str | None:
+    """The source of what a variant was made from; None for a model that is no variant."""
+    ref = ModelRef.parse(model)
+    if ref.kind != "variant":
+        return None
+    variant = catalog.variant(ref.source.removeprefix("variant:"))
+    return catalog.variant(variant.base_id).source
 
 
 def _asked(method: Method, model: str, settings: Settings) -> dict[str, Any]:

@@ -97,14 +97,15 @@ def command_methods(args: argparse.Namespace) -> Any:
 
 def command_probe(args: argparse.Namespace) -> Any:
     """Look inside a model with one probe, or say what that would cost."""
-    from core.bench import refuse_misfit
+    from core.bench import original_of
+    from core.calling import refuse_misfit, run_probe
     from core.loop import opened
     from core.registry import get
 
     method = get("probe", args.method)
     settings = method.parse_text(pairs(args.set))
-    progress = terminal_progress()
-    loaded = opened(_catalog(), args.model, progress=progress)
+    progress, catalog = terminal_progress(), _catalog()
+    loaded = opened(catalog, args.model, progress=progress)
     refuse_misfit(method, loaded)
     prompt = Prompt(args.text, args.second, args.image)
     if args.dry_run:
@@ -113,7 +114,11 @@ def command_probe(args: argparse.Namespace) -> Any:
 
         n = n_positions(loaded, prompt)
         return estimate(method, loaded.anatomy, measure_pace(loaded), n, settings)
-    return method.run(loaded, prompt, progress, settings)
+    reference = args.reference
+    if method.takes_reference and reference is None:
+        reference = original_of(catalog, args.model)
+    original = None if reference is None else opened(catalog, reference, progress=progress)
+    return run_probe(method, loaded, prompt, progress, settings, reference=original)
 
 
 def command_train(args: argparse.Namespace) -> Any:
@@ -273,6 +278,11 @@ def _add_looking(add: Add) -> None:
     parser.add_argument("--text", default=DEFAULT_TEXT, help="the prompt")
     parser.add_argument("--second", help="second text of a pair, for encoders")
     parser.add_argument("--image", help="a vision model's input: an image file, or digits:N")
+    parser.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="the original that a comparing probe holds the model against (default: a variant's base)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only say what it is expected to take")
     _takes_settings(parser)
     parser = add("train", command_train)

@@ -91,7 +91,9 @@ if refusal := st.session_state.pop("refusal", None):
 group = st.query_params.get("group")
 jobs = engine.queue().jobs(group_id=group) if group else []
 jobs = jobs or [
-    job for job in engine.queue().jobs() if job.state in ACTIVE and job.spec.get("model") == model and "recipe" in job.spec
+    job
+    for job in engine.queue().jobs()
+    if job.state in ACTIVE and job.spec.get("model") == model and "recipe" in job.spec
 ]
 if jobs:
     with st.container(border=True):

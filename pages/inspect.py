@@ -1,74 +1,102 @@
-"""What a model computes on one prompt: choose a probe, and every number of it is in the address."""
+"""What a model computes on one input: a question, the probe that answers it, and every number of it in the address."""
 
 from __future__ import annotations
 
 import streamlit as st
 
-from app import engine, state
+from app import engine, state, stored
+from app import format as fmt
+from app.components.artifact_picker import FIELD, artifact_picker
+from app.components.asking import answer, answer_of_other
+from app.components.compare_panel import compare_panel, compare_picker, reference_picker
+from app.components.empty_state import empty_state
 from app.components.error_card import error_card
 from app.components.heading import About, Reproduction, heading
+from app.components.prompt_box import example_row, prompt_box
+from app.components.question_bar import misfit_note, probe_box, question_bar
 from app.components.result_panel import result_panel
 from app.components.waiting import settled
+from app.engine import Question
 from app.forms import settings_form
 from app.reproduce import probe_command, probe_script
 from app.text import esc
 from core.errors import SlimscopeError
 from core.registry import methods
-from core.types import Prompt
 
-PROMPT = "When Mary and John went to the store, John gave a drink to Mary. When Mary and John went home, John gave a"
-
-source = state.model()
+# --- the model, and a stored run if the address names one ------------------------------------------------
 top = st.container()
-with st.container(border=True):
-    left, right = st.columns([3, 5], gap="medium")
-    with left:
-        chooser = st.container()
-    with right:
-        text = st.text_area("Prompt", PROMPT, key="text", bind="query-params", height=82, max_chars=20_000)
-
 try:
+    run = stored.take_up_run()
+    source = state.model()
     opening = engine.open_model(source)
 except SlimscopeError as error:
     top.title("Inspect", anchor=False)
-    error_card(error, key="inspect_source")
+    error_card(error, key="inspect_source", retry=stored.forget if st.query_params.get("run") else None)
     st.stop()
 card = settled(opening, key="open")
 if card is None:
     top.title(esc(f"Opening {source}"), anchor=False)
     st.stop()
 
+# --- what is asked ---------------------------------------------------------------------------------------
 probes = methods("probe")
-usable = {id_: probe for id_, probe in probes.items() if probe.needs <= card.offers}
-with chooser:
-    id_ = state.choice(
-        st.selectbox,
-        "Probe",
-        {id_: probe.title for id_, probe in usable.items()},
-        key="probe",
-        default="logit_lens" if "logit_lens" in usable else next(iter(usable)),
-    )
-probe = usable[id_]
-chooser.caption(esc(probe.summary))
-for id_ in sorted(probes.keys() - usable.keys()):
-    missing = " and ".join(sorted(probes[id_].needs - card.offers))
-    chooser.caption(esc(f"Not for this model: {probes[id_].title}, which needs {missing}."))
-with left.popover("Settings", icon=":material/tune:"):
-    settings = settings_form(probe, columns=2)
-if settings is None:
-    st.stop()
-
-prompt = Prompt(text)
 with top:
+    head = st.container()
+    question_bar(probes, card)
+with st.container(border=True):
+    left, right = st.columns(2, gap="medium")
+    with left:
+        what, beside = st.columns(2, gap="small")
+        with what:
+            probe = probe_box(probes, card)
+    with beside:
+        other = None if probe.takes_reference else compare_picker(source, card)
+        reference = reference_picker(source, card) if probe.takes_reference else None
+    with right:
+        prompt = prompt_box(card.family)
+        inputs = st.container()
+        example_row(probe, card.family)
+    left.caption(esc(probe.summary))
+    with left.container(horizontal=True, gap="small"):
+        with st.popover("Settings", icon=":material/tune:"):
+            own = {FIELD: lambda: artifact_picker(source, probe, card)}
+            settings = settings_form(probe, columns=2, inputs=inputs, own=own)
+        misfit_note(probes, card)
+if settings is None or prompt is None:
+    head.title(esc(probe.title), anchor=False)
+    st.stop()
+with head:
     heading(
         f"{probe.title} of {state.model_name(source)}",
         about=About.of(probe),
         reproduce=Reproduction(
-            probe_script(probe, source, card.folder, text, settings),
-            probe_command(probe, source, text, settings),
+            probe_script(probe, source, card.folder, prompt, settings),
+            probe_command(probe, source, prompt, settings),
         ),
     )
-run = engine.probe(source, probe, prompt, settings)
-result = settled(run, key="probe")
-if result is not None:
+
+# --- the answer ------------------------------------------------------------------------------------------
+if probe.takes_reference and reference is None:
+    empty_state(
+        "This looks at a compressed copy beside its original. Open a variant on the left, or choose an original.",
+        page="compress",
+        action="Make a variant",
+        icon="compare_arrows",
+    )
+    st.stop()
+question = Question.of(source, probe, prompt, settings, reference)
+if run is not None and stored.still(run, question):
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.caption(esc(f"Stored run {run.id}, computed {fmt.ago(run.ended_at)}"), width="stretch")
+        st.button(
+            "Ask anew", icon=":material/refresh:", type="tertiary", on_click=stored.forget, key="forget"
+        )
+    result = engine.result_of(run.id)
+else:
+    result = answer(question, probe, card, key="probe")
+second = None if other is None else answer_of_other(other, question, probe, settings)
+if result is not None and second is not None:
+    names = (state.model_name(source), state.model_name(str(other)))
+    compare_panel(result, second, names=names, name=probe.id, settings=settings)
+elif result is not None:
     result_panel(result, name=probe.id, settings=settings)

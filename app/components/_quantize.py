@@ -21,12 +21,21 @@ class Levels:
     """Changes when the levels do, so that the browser redraws only then."""
 
 
-def to_levels(values: NDArray[np.floating], *, midpoint: float | None = None, log: bool = False) -> Levels:
+def to_levels(
+    values: NDArray[np.floating],
+    *,
+    midpoint: float | None = None,
+    log: bool = False,
+    limits: tuple[float, float] | None = None,
+) -> Levels:
     """Quantize to 256 levels, evenly or in the logarithm of positive values.
 
-    With a midpoint the limits are symmetric about it, so that it gets the middle colour.
+    With a midpoint the limits are symmetric about it, so that it gets the middle colour. ``limits`` are given where
+    several pictures share one scale.
     """
     values = np.asarray(values, dtype=np.float64)
+    shape, extra = values.shape, np.asarray(limits if limits is not None else (), dtype=np.float64)
+    values = np.concatenate([values.ravel(), extra])
     if log:
         values = np.log(np.where(values > 0, values, np.nan))
     finite = values[np.isfinite(values)]
@@ -36,6 +45,6 @@ def to_levels(values: NDArray[np.floating], *, midpoint: float | None = None, lo
         low, high = midpoint - reach, midpoint + reach
     span = high - low or 1.0
     levels = np.nan_to_num(np.clip((values - low) / span * 255, 0, 255), nan=0.0).round().astype(np.uint8)
-    raw = levels.tobytes()
+    raw = levels[: levels.size - extra.size].reshape(shape).tobytes()
     limits = (float(np.exp(low)), float(np.exp(high))) if log else (low, high)
     return Levels(base64.b64encode(raw).decode(), *limits, zlib.crc32(raw))

@@ -140,6 +140,7 @@ def heat_canvas(
     unit: str = "",
     midpoint: float | None = None,
     log: bool = False,
+    limits: tuple[float, float] | None = None,
     selected: Cell | None = None,
     on_pick: Callable[[Cell], None] | None = None,
     min_width: int = 150,
@@ -152,7 +153,7 @@ def heat_canvas(
     """
     n_maps, n_rows, n_cols = values_MRC.shape
     assert (len(titles), len(rows), len(cols)) == (n_maps, n_rows, n_cols)
-    levels = to_levels(values_MRC, midpoint=midpoint, log=log)
+    levels = to_levels(values_MRC, midpoint=midpoint, log=log, limits=limits)
 
     def picked() -> None:
         cell = (st.session_state.get(key) or {}).get("cell") or {}
@@ -183,7 +184,7 @@ def heat_canvas(
             "col_ticks": _ticks(cols, 16) if max(map(len, cols)) <= 3 else _ticks(range(n_cols), 16),
             "gutter": min(110, 10 + 6 * max(map(len, rows))),
             "selected": vars(selected) if selected else None,
-            "sig": f"{levels.signature}-{zlib.crc32(names)}",
+            "sig": f"{levels.signature}-{levels.low}-{levels.high}-{zlib.crc32(names)}",
         },
         on_cell_change=picked,
     )

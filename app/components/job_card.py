@@ -16,6 +16,7 @@ from app.text import esc
 from core.errors import BadInput, SlimscopeError
 from core.jobs.states import ACTIVE, ENDED, RETRIABLE
 from core.recipe import Recipe
+from core.registry import methods
 from core.types import Job, JobState
 
 COLORS: dict[JobState, str] = {
@@ -34,7 +35,11 @@ RECENT = 50
 
 
 def subject(job: Job) -> str:
-    """What the job is about: a recipe's label; the model itself where there is no recipe."""
+    """What the job is about: a recipe's label, a probe's or training's title; the model itself where there is neither."""
+    if job.kind in ("probe", "train"):
+        known = methods(job.kind)  # type: ignore[arg-type]
+        id_ = str(job.spec.get("method"))
+        return known[id_].title if id_ in known else "a method this version does not know"
     recipe = job.spec.get("recipe")
     if not recipe:
         return "the base"

@@ -112,6 +112,7 @@ def token_grid(
     on_pick: Callable[[Cell], None],
     midpoint: float | None = None,
     log: bool = False,
+    limits: tuple[float, float] | None = None,
 ) -> None:
     """Draw R rows by C columns of ``words`` coloured by ``values_RC``; a click calls ``on_pick`` with the cell.
 
@@ -120,7 +121,7 @@ def token_grid(
     """
     n_rows, n_cols = values_RC.shape
     assert n_rows * n_cols <= MARK_LIMIT, "too many cells for the DOM; draw them with heat_canvas"
-    levels = to_levels(values_RC, midpoint=midpoint, log=log)
+    levels = to_levels(values_RC, midpoint=midpoint, log=log, limits=limits)
     flat_words = [word for row in words for word in row]
 
     def picked() -> None:
@@ -146,7 +147,7 @@ def token_grid(
             "cell_width": 58,
             "diverging": midpoint is not None,
             "selected": {"row": selected.row, "col": selected.col} if selected else None,
-            "sig": f"{levels.signature}-{zlib.crc32(repr((flat_words, list(cols))).encode())}",
+            "sig": f"{levels.signature}-{levels.low}-{levels.high}-{zlib.crc32(repr((flat_words, list(cols))).encode())}",
         },
         on_cell_change=picked,
     )

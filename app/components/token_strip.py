@@ -82,13 +82,14 @@ def token_strip(
     selected: int | None,
     on_pick: Callable[[int], None],
     midpoint: float | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> None:
     """Draw ``tokens`` coloured by ``values`` (NaN: no colour); a click or Enter calls ``on_pick`` with the index.
 
     ``hover`` is the tooltip of each token, ``midpoint`` asks for the diverging ramp about that value.
     """
     numbers = np.asarray(values, dtype=np.float64)
-    levels = to_levels(numbers, midpoint=midpoint)
+    levels = to_levels(numbers, midpoint=midpoint, limits=limits)
 
     def picked() -> None:
         index = (st.session_state.get(key) or {}).get("token")
@@ -105,7 +106,7 @@ def token_strip(
             "diverging": midpoint is not None,
             "label": label,
             "selected": selected,
-            "sig": f"{levels.signature}-{zlib.crc32(repr(list(tokens)).encode())}",
+            "sig": f"{levels.signature}-{levels.low}-{levels.high}-{zlib.crc32(repr(list(tokens)).encode())}",
         },
         on_token_change=picked,
     )

@@ -22,25 +22,38 @@ PATIENCE_S = 1.8
 POLL_S = 0.25
 
 
-def settled(call: Call, *, key: str) -> Any | None:
-    """The call's result, or None after drawing its progress or its error; the page reruns when the call ends."""
+def settled(call: Call, *, key: str, cancel: bool = False) -> Any | None:
+    """The call's result, or None after drawing its progress or its error; the page reruns when the call ends.
+
+    ``cancel`` puts a button beside the progress that gives the call up.
+    """
     took = call.ticket.progress.estimate_s
     patience = PATIENCE_S if took is not None and took < PATIENCE_S else INLINE_WAIT_S
     try:
         return call.ticket.result(timeout=patience)
     except TimeoutError:
-        st.fragment(lambda: _progress(call.ticket, call.expected_s), run_every=POLL_S)()
+        st.fragment(
+            lambda: _progress(call.ticket, call.expected_s, key if cancel else None), run_every=POLL_S
+        )()
     except SlimscopeError as error:
         error_card(error, key=f"{key}_error", retry=call.again)
     return None
 
 
-def _progress(ticket: Ticket, guess_s: float | None) -> None:
+def _progress(ticket: Ticket, guess_s: float | None, cancel_key: str | None) -> None:
     if ticket.done:
         st.rerun()
     fraction, text = progress_line(ticket.progress, guess_s)
-    with st.container(border=True):
+    with st.container(border=True, horizontal=cancel_key is not None, vertical_alignment="center"):
         st.progress(fraction, text=text)
+        if cancel_key is not None:
+            st.button(
+                "Cancel",
+                icon=":material/close:",
+                type="tertiary",
+                key=f"{cancel_key}_cancel",
+                on_click=ticket.cancel,
+            )
 
 
 def progress_line(progress: TicketProgress, guess_s: float | None) -> tuple[float, str]:

@@ -28,6 +28,7 @@ from weakref import WeakKeyDictionary
 
 import psutil
 
+from core.calling import run_probe
 from core.errors import BadInput, OutOfMemory, SlimscopeError, ran_out_of_memory
 from core.inspector.protocol import MAX_RESULT_BYTES, Answer, Failure, Report, Request, Stamp, Token, stamp
 from core.registry import get
@@ -118,19 +119,22 @@ class Calls:
         return replace(model_card(loaded), pace=self._paces[loaded])
 
     def probe(
-        self, progress: Progress, method_id: str, ref: ModelRef, prompt: Prompt, settings: dict[str, Any]
+        self,
+        progress: Progress,
+        method_id: str,
+        ref: ModelRef,
+        prompt: Prompt,
+        settings: dict[str, Any],
+        reference: ModelRef | None = None,
     ) -> Result:
         """Run one probe; settings and needs are checked before anything is computed."""
         method = get("probe", method_id)
         parsed = method.parse(settings)
+        original = None if reference is None else self.models.get(reference, progress)
         loaded = self.models.get(ref, progress)
-        method.refuse_if(
-            loaded.missing_needs(method.needs), f"{ref} ({loaded.family}, {loaded.anatomy.model_type})"
-        )
         progress(0, 1, f"running {method.title}")
         with loaded.lock:
-            result: Result = method.run(loaded, prompt, progress, parsed)
-        return result
+            return run_probe(method, loaded, prompt, progress, parsed, reference=original)
 
     def tokenize(self, progress: Progress, ref: ModelRef, text: str) -> tuple[Token, ...]:
         """The text's tokens, special tokens included."""

@@ -256,8 +256,9 @@ def _kernel_oom_kills() -> int:
 
 
 def _result_key(request: Request) -> Hashable:
-    method_id, ref, prompt, settings = request.args
-    return method_id, ref, stamp(ref), prompt, canonical_json(settings)
+    method_id, ref, prompt, settings, *reference = request.args
+    others = tuple((other, stamp(other)) for other in reference if other is not None)
+    return method_id, ref, stamp(ref), prompt, canonical_json(settings), others
 
 
 def _cost_key(request: Request) -> Hashable:

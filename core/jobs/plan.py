@@ -56,20 +56,37 @@ def submit_variant(
 
 
 def submit_probe(
-    queue: Queue, *, model: str, method: str, prompt: Prompt, settings: Mapping[str, Any]
+    queue: Queue,
+    *,
+    model: str,
+    method: str,
+    prompt: Prompt,
+    settings: Mapping[str, Any],
+    reference: str | None = None,
 ) -> Job:
     """Queue one probe call; the same call still waiting or running is returned as it is.
 
     Raises ``BadInput`` for a model, probe or settings that cannot be.
     """
     get("probe", method).parse(dict(settings))
+    return _submit_once(queue, "probe", probe_spec(model, method, prompt, settings, reference))
+
+
+def probe_spec(
+    model: str, method: str, prompt: Prompt, settings: Mapping[str, Any], reference: str | None
+) -> dict[str, Any]:
+    """What a probe's job is given: equal calls have equal specs."""
     image = prompt.image
     if image is not None and Path(image).is_file():
         image = str(Path(image).resolve())  # the worker runs in another folder
     asked = {"text": prompt.text, "second": prompt.second, "image": image}
-    return _submit_once(
-        queue, "probe", model, {"method": method, "prompt": asked, "settings": dict(settings)}
-    )
+    return {
+        "model": ModelRef.parse(model).located,
+        "method": method,
+        "prompt": asked,
+        "settings": dict(settings),
+        "reference": None if reference is None else ModelRef.parse(reference).located,
+    }
 
 
 def submit_train(queue: Queue, *, model: str, method: str, text: str, settings: Mapping[str, Any]) -> Job:
@@ -78,14 +95,16 @@ def submit_train(queue: Queue, *, model: str, method: str, text: str, settings: 
     Raises ``BadInput`` for a model, method or settings that cannot be.
     """
     get("train", method).parse(dict(settings))
-    documents = {"source": _located_text(text)}
-    return _submit_once(
-        queue, "train", model, {"method": method, "documents": documents, "settings": dict(settings)}
-    )
+    spec = {
+        "model": ModelRef.parse(model).located,
+        "method": method,
+        "documents": {"source": _located_text(text)},
+        "settings": dict(settings),
+    }
+    return _submit_once(queue, "train", spec)
 
 
-def _submit_once(queue: Queue, kind: str, model: str, asked: dict[str, Any]) -> Job:
-    spec = {"model": ModelRef.parse(model).located, **asked}
+def _submit_once(queue: Queue, kind: str, spec: dict[str, Any]) -> Job:
     for job in _active(queue, spec["model"]):
         if job.kind == kind and job.spec == spec:
             return job

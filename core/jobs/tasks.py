@@ -69,7 +69,7 @@ def profile(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
 
 
 def probe(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
-    """Look inside: ``{"model", "method", "prompt": {"text", "second", "image"}, "settings"}``."""
+    """Look inside: ``{"model", "method", "prompt" (text, second, image), "settings", "reference" or null}``."""
     from core.bench import probe_model
 
     return _said(
@@ -80,6 +80,7 @@ def probe(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
             spec["method"],
             Prompt(**spec["prompt"]),
             settings=spec["settings"],
+            reference=spec["reference"],
             progress=context.progress,
             job_id=context.job.id,
         ),

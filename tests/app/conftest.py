@@ -26,6 +26,21 @@ def tiny_bert(tmp_path_factory) -> Path:
     return tiny_folder("bert", tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory) -> Path:
+    from tests.tiny import tiny_folder
+
+    return tiny_folder("vit", tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_other(tmp_path_factory) -> Path:
+    """The tiny llama with other weights."""
+    from tests.tiny import tiny_folder
+
+    return tiny_folder("llama", tmp_path_factory.mktemp("tiny"), seed=1)
+
+
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory) -> Iterator[Opened]:
     """Open a page by its file name with a query; waits until the inspector has answered."""
@@ -52,4 +67,4 @@ def opened(tmp_path_factory) -> Iterator[Opened]:
         engine.inspector().close()
         engine.inspector.clear()
         engine._open.clear()
-        engine._probe.clear()
+        engine._probes.clear()

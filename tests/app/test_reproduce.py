@@ -11,6 +11,7 @@ import pytest
 from app.reproduce import SCRIPTS, probe_command, probe_script, recipe_command, recipe_script, with_constants
 from core.recipe import Recipe
 from core.registry import get, methods
+from core.types import Prompt
 
 
 def test_constants_are_replaced_as_literals():
@@ -21,7 +22,7 @@ def test_constants_are_replaced_as_literals():
 
 def test_the_command_quotes_the_text_and_names_changed_settings_only():
     method = get("probe", "logit_lens")
-    line = probe_command(method, "demo:smollm2", "it's; rm -rf", method.parse({"top_k": 7}))
+    line = probe_command(method, "demo:smollm2", Prompt("it's; rm -rf"), method.parse({"top_k": 7}))
     assert shlex.split(line)[2:] == [
         *("logit_lens", "--model", "demo:smollm2", "--text", "it's; rm -rf"),
         *("--set", "top_k=7"),
@@ -31,7 +32,7 @@ def test_the_command_quotes_the_text_and_names_changed_settings_only():
 @pytest.mark.parametrize("id_", methods("probe"))
 def test_every_probe_has_a_script_that_parses(id_):
     method = get("probe", id_)
-    script = probe_script(method, "demo:smollm2", "/models/x", 'a "quoted"\ntext', method.parse({}))
+    script = probe_script(method, "demo:smollm2", "/models/x", Prompt('a "quoted"\ntext'), method.parse({}))
     ast.parse(script)
     assert "/models/x" in script or "demo:smollm2" in script
 

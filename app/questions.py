@@ -1,0 +1,78 @@
+"""What a reader asks, and the probes that answer it for one model; plain functions over the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import pandas as pd
+
+from core.registry import Example, Method, Need, Question
+from core.types import Family
+
+QUESTIONS: tuple[Question, ...] = (
+    "Why this token?",
+    "Which heads matter?",
+    "Where is the fact?",
+    "What does this layer know?",
+    "What did it compute?",
+    "What did compression break?",
+)
+"""In the order in which they are offered."""
+FALLBACK: Question = "What did it compute?"
+"""What a probe answers that does not say."""
+FIRST_PROBE = "logit_lens"
+"""What the page opens on where the model has it."""
+_NEED_WORDS: dict[Need, str] = {
+    "decoder": "a decoder",
+    "encoder": "an encoder",
+    "vision": "a vision model",
+    "text": "text",
+    "moe": "experts",
+    "cuda": "a CUDA device",
+}
+
+
+def question_of(probe: Method) -> Question:
+    """The question a probe answers."""
+    return probe.answers or FALLBACK
+
+
+def usable(probes: Mapping[str, Method], offers: frozenset[Need]) -> dict[str, Method]:
+    """The probes that apply to a model, by id."""
+    return {id_: probe for id_, probe in probes.items() if probe.needs <= offers}
+
+
+def by_question(probes: Iterable[Method]) -> dict[Question, list[Method]]:
+    """Probes under their questions, in the order of asking; questions without a probe are left out."""
+    probes = list(probes)
+    found = {question: [p for p in probes if question_of(p) == question] for question in QUESTIONS}
+    return {question: answers for question, answers in found.items() if answers}
+
+
+def first_of(probes: Mapping[str, Method]) -> Method:
+    """What is shown when nothing was asked for yet."""
+    return probes.get(FIRST_PROBE) or next(iter(by_question(probes.values()).values()))[0]
+
+
+def misfits(probes: Mapping[str, Method], offers: frozenset[Need]) -> pd.DataFrame:
+    """The probes that do not apply to a model: columns probe, needs, answers."""
+    rows = [
+        {
+            "probe": probe.title,
+            "needs": " and ".join(_NEED_WORDS.get(need, need) for need in sorted(probe.needs - offers)),
+            "answers": question_of(probe),
+        }
+        for probe in probes.values()
+        if not probe.needs <= offers
+    ]
+    return pd.DataFrame(rows, columns=["probe", "needs", "answers"])
+
+
+def examples_for(probe: Method, family: Family) -> list[Example]:
+    """The worked examples of a probe whose input a model of this family can take."""
+    return [
+        example
+        for example in probe.examples
+        if (example.prompt.image is not None) == (family == "vision")
+        and (example.prompt.second is None or family == "encoder")
+    ]
