@@ -27,6 +27,7 @@ from core.probes._batching import in_batches
 from core.probes._distribution import reader, rows_at_once
 from core.probes._head_scores import PatternScorer
 from core.probes._head_weights import copying, eigenvalues, head_weights, token_interaction
+from core.probes._interval import half_width
 from core.probes._provenance import provenance
 from core.probes._repeats import Repeats, repeated_tokens
 from core.registry import Example, Settings, method
@@ -240,18 +241,9 @@ def _frame(anatomy: Anatomy, measured: _Measured, copying_LH: Floats) -> pd.Data
     }
     for name, values_SLH in measured.scores.items():
         columns[name] = values_SLH.mean(0).ravel()
-        columns[f"{name}_ci95"] = _half_width(values_SLH).ravel()
+        columns[f"{name}_ci95"] = half_width(values_SLH).ravel()
     columns["ov_copying"] = copying_LH.ravel()
     return pd.DataFrame(columns)
-
-
-def _half_width(values_SX: Floats) -> Floats:
-    """Half of the 95 % interval of the mean over the first axis, by Student's t."""
-    from scipy.special import stdtrit  # here: the UI process reads this module through the registry
-
-    n = len(values_SX)
-    half: Floats = stdtrit(n - 1, 0.975) * values_SX.std(0, ddof=1) / np.sqrt(n)
-    return half
 
 
 def _metrics(frame: pd.DataFrame, measured: _Measured, settings: HeadScoresSettings) -> tuple[Metric, ...]:
@@ -269,8 +261,8 @@ def _metrics(frame: pd.DataFrame, measured: _Measured, settings: HeadScoresSetti
         Metric(
             "induction_heads", float((frame["induction"] >= settings.threshold).sum()), "heads", n=len(frame)
         ),
-        metric("loss_first_half", float(first_S.mean()), float(_half_width(first_S)), "nats/token"),
-        metric("loss_second_half", float(second_S.mean()), float(_half_width(second_S)), "nats/token"),
+        metric("loss_first_half", float(first_S.mean()), float(half_width(first_S)), "nats/token"),
+        metric("loss_second_half", float(second_S.mean()), float(half_width(second_S)), "nats/token"),
     )
 
 
