@@ -38,7 +38,11 @@ SHOWN_SNIPPETS = 5
 class SaeFeaturesSettings(Settings):
     """Which autoencoder, and how many of its features."""
 
-    artifact: str = Field("", description="Trained sparse autoencoder: its artifact's hash, or a folder")
+    artifact: str = Field(
+        "",
+        description="Trained sparse autoencoder: its artifact's hash, or a folder",
+        json_schema_extra={"trained_by": "sparse_autoencoder"},
+    )
     features: int = Field(20, ge=1, le=100, description="Features shown, the strongest on this prompt first")
     feature: int = Field(-1, ge=-1, le=10_000_000, description="Feature shown in detail; −1: the strongest")
     max_density: float = Field(
