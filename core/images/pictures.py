@@ -19,7 +19,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 50_000_000
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L")
 """Modes with more than 8 bits a channel, which would be cut off, not scaled."""
-_ALLOWED = f"give an image file ({', '.join(FORMATS)}) or digits:N, e.g. digits:1353"
+_ALLOWED = f"give an image file ({', '.join(FORMATS)}) or digits:N, e.g. digits:1348"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _digit(source: str) -> Picture:
     row = source.removeprefix("digits:").strip()
     if not (row.isascii() and row.isdigit()):
         raise BadInput(
-            f"{source!r} names no row of the digits; write digits:N with a number, e.g. digits:1353"
+            f"{source!r} names no row of the digits; write digits:N with a number, e.g. digits:1348"
         )
     grey, label = digit(int(row))
     return Picture(source, Image.fromarray(grey).convert("RGB"), str(label))

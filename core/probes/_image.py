@@ -127,7 +127,7 @@ def encode_image(loaded: LoadedModel, prompt: Prompt) -> EncodedImage:
     """Read and process a prompt's image for this model; raises ``BadInput`` for text, no image, or an unusable one."""
     if prompt.image is None:
         raise BadInput(
-            f"{loaded.ref} is a vision model and reads no text; give it an image: a file, or digits:N, e.g. digits:1353"
+            f"{loaded.ref} is a vision model and reads no text; give it an image: a file, or digits:N, e.g. digits:1348"
         )
     picture = read_picture(prompt.image)
     pixels = to_pixels(loaded, [picture])

@@ -67,8 +67,10 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: AttentionRelevanceSettings)
     paper="https://arxiv.org/abs/2103.15679",
     answers="Why this token?",
     examples=(
-        Example("Which patches make this a 7?", Prompt(image="digits:1353")),
-        Example("Why a 9 and not a 4?", Prompt(image="digits:1361"), {"target": "9", "distractor": "4"}),
+        Example("Which patches make this a 7?", Prompt(image="digits:1348")),
+        Example(
+            "Why a 5 where a 9 is written?", Prompt(image="digits:1580"), {"target": "5", "distractor": "9"}
+        ),
         Example("Which words answer Paris?", Prompt("The capital of France is")),
     ),
     cost=_cost,

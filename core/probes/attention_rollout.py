@@ -60,7 +60,7 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: AttentionRolloutSettings) -
     paper="https://arxiv.org/abs/2005.00928",
     answers="Why this token?",
     examples=(
-        Example("Which patches make this a 7?", Prompt(image="digits:1353")),
+        Example("Which patches make this a 7?", Prompt(image="digits:1348")),
         Example(
             "What a sentence vector is mixed from", Prompt("The cat sat on the mat because it was tired.")
         ),

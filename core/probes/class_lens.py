@@ -47,8 +47,8 @@ class ClassLensSettings(Settings):
     paper="https://arxiv.org/abs/2303.08112",
     answers="What does this layer know?",
     examples=(
-        Example("At which layer does it become a 7?", Prompt(image="digits:1353")),
-        Example("A digit it hesitates about", Prompt(image="digits:1424")),
+        Example("At which layer does it become a 7?", Prompt(image="digits:1348")),
+        Example("An 8 it nearly takes for a 9", Prompt(image="digits:1491")),
     ),
 )
 def class_lens(

@@ -140,8 +140,7 @@ class _Side:
                 "open the model in float32, or check its weights"
             )
         share_AD = (pool_A.double()[:, None] * vectors_AD / pooled_D.norm()).cpu().numpy()
-        special = set(loaded.tokenizer.all_special_ids) if loaded.tokenizer else set()
-        words = tuple(n for n, id_ in enumerate(encoded.ids) if id_ not in special)
+        words = tuple(n for n, n_bytes in enumerate(encoded.n_bytes) if n_bytes)  # [UNK] stands for text too
         return cls(encoded, pool_A, share_AD, words)
 
     @property

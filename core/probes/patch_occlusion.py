@@ -68,8 +68,10 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: PatchOcclusionSettings) -> 
     paper="https://arxiv.org/abs/1311.2901",
     answers="Why this token?",
     examples=(
-        Example("Which strokes make this a 7?", Prompt(image="digits:1353")),
-        Example("Why a 9 and not a 4?", Prompt(image="digits:1361"), {"target": "9", "distractor": "4"}),
+        Example("Which strokes make this a 7?", Prompt(image="digits:1348")),
+        Example(
+            "Why a 5 where a 9 is written?", Prompt(image="digits:1580"), {"target": "5", "distractor": "9"}
+        ),
     ),
     cost=_cost,
 )
