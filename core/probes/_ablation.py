@@ -57,6 +57,13 @@ def mlps(anatomy: Anatomy) -> list[Component]:
     return [Component(layer, None) for layer in range(anatomy.n_layers)]
 
 
+def ablation_share(anatomy: Anatomy) -> float:
+    """What one ablated run costs, in forward passes: half of the layers on average, and the whole unembedding."""
+    block = 4 * anatomy.d_model**2 + 3 * anatomy.d_model * anatomy.d_ff
+    unembedding = anatomy.vocab_size * anatomy.d_model
+    return (anatomy.n_layers * block / 2 + unembedding) / (anatomy.n_layers * block + unembedding)
+
+
 @dataclass(frozen=True)
 class Scored:
     """What is read off the logits."""

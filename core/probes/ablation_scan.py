@@ -19,7 +19,7 @@ from pydantic import Field
 from core.errors import BadInput
 from core.lazy import torch
 from core.models.fp32_path import fast_fp32
-from core.probes._ablation import Ablation, Component, Effects, Scored, ablate, heads, mlps
+from core.probes._ablation import Ablation, Component, Effects, Scored, ablate, ablation_share, heads, mlps
 from core.probes._interval import half_width
 from core.probes._provenance import provenance
 from core.probes._targets import Token, resolve_distractor, resolve_token
@@ -67,13 +67,10 @@ class AblationScanSettings(Settings):
 
 
 def _cost(anatomy: Anatomy, n_tokens: int, settings: AblationScanSettings) -> Cost:
-    """Each component runs half of the layers on average, and the unembedding, which counts as its share of weights."""
+    """One run per component and text, two to record, and memory for the outputs and a few batches of logits."""
     components = anatomy.n_layers * (anatomy.n_heads + 1)
     texts, tokens = (settings.n_documents, settings.tokens) if settings.documents else (1, max(2, n_tokens))
-    block = 4 * anatomy.d_model**2 + 3 * anatomy.d_model * anatomy.d_ff
-    unembedding = anatomy.vocab_size * anatomy.d_model
-    each = (anatomy.n_layers * block / 2 + unembedding) / (anatomy.n_layers * block + unembedding)
-    forwards = texts * tokens / max(1, n_tokens) * (components * each + 2)
+    forwards = texts * tokens / max(1, n_tokens) * (components * ablation_share(anatomy) + 2)
     kept = texts * tokens * anatomy.n_layers * (anatomy.n_heads * anatomy.head_dim + anatomy.d_model)
     return Cost(forwards, 4 * (kept + 3 * tokens * anatomy.vocab_size) + (512 << 20))
 

@@ -23,6 +23,7 @@ from core.errors import BadInput
 from core.lazy import torch
 from core.models.anatomy_verify import eager_attention
 from core.models.fp32_path import fast_fp32
+from core.probes._ablation import Ablation, Effects, Scored, ablate, ablation_share, heads
 from core.probes._batching import in_batches
 from core.probes._distribution import reader, rows_at_once
 from core.probes._head_scores import PatternScorer
@@ -40,7 +41,15 @@ if TYPE_CHECKING:
     from core.models.loaded import LoadedModel
 
 Floats = NDArray[np.float64]
-Score = Literal["induction", "previous_token", "duplicate_token", "entropy_nats", "bos_share", "ov_copying"]
+Score = Literal[
+    "induction",
+    "previous_token",
+    "duplicate_token",
+    "entropy_nats",
+    "bos_share",
+    "ov_copying",
+    "ablation_effect",
+]
 FROM_PATTERNS: dict[str, str] = {
     "induction": "induction_score",
     "previous_token": "previous_token_share",
@@ -56,6 +65,7 @@ TITLES = {
     "entropy_nats": "Entropy of the pattern",
     "bos_share": "Weight on the start token",
     "ov_copying": "OV copying: Σλ / Σ|λ| of W_U · OV · W_E",
+    "ablation_effect": "Loss that its ablation adds to the second half",
 }
 
 
@@ -70,12 +80,23 @@ class HeadScoresSettings(Settings):
     threshold: float = Field(
         0.4, ge=0.05, le=1.0, description="Induction score from which a head counts as an induction head"
     )
+    ablation: Literal["none", Ablation] = Field(
+        "none",
+        description="Also ablate every head (zero, mean, position_mean or resample) for the score ablation_effect; slower",
+    )
 
 
 def _cost(anatomy: Anatomy, n_tokens: int, settings: HeadScoresSettings) -> Cost:
     """All sequences, counted in forward passes over the prompt, which itself is not read."""
     positions = 2 * settings.length + 1
-    return Cost(settings.sequences * positions / max(1, n_tokens), _bytes_each(anatomy, positions))
+    runs = settings.sequences * positions / max(1, n_tokens)
+    if settings.ablation == "none":
+        return Cost(runs, _bytes_each(anatomy, positions))
+    heads_run = anatomy.n_layers * anatomy.n_heads
+    return Cost(
+        runs * (3 + ablation_share(anatomy) * heads_run),
+        _bytes_each(anatomy, positions) + 12 * positions * anatomy.vocab_size + (512 << 20),
+    )
 
 
 def _bytes_each(anatomy: Anatomy, positions: int) -> int:
@@ -113,9 +134,14 @@ def head_scores(
     OV copying looks at weights only: of W_U · W_OV · W_E, the matrix that says which tokens a head promotes when it
     reads a token, it gives Σλ / Σ|λ| over the eigenvalues (Elhage et al. 2021): 1 where every token promotes itself,
     −1 where it suppresses itself. Norm gains are folded in, embeddings normed, positions and biases left out.
+
+    With ablation set, every head is also taken out in turn, and the loss that this adds to the second half is its
+    ablation effect, in nats per token.
     """
     started = time.perf_counter()
     anatomy = loaded.anatomy
+    if settings.ablation == "none" and "ablation_effect" in (settings.x, settings.y):
+        raise BadInput("ablation_effect is only measured when ablation is set; choose zero, mean or resample")
     repeats = repeated_tokens(
         loaded, length=settings.length, sequences=settings.sequences, seed=settings.seed
     )
@@ -123,9 +149,12 @@ def head_scores(
         raise BadInput(f"{loaded.ref} has room for {repeats.length} random tokens; at least 2 are needed")
     with loaded.lock, torch.inference_mode(), fast_fp32() as path:
         with eager_attention(loaded.model):
-            measured = _measure(loaded, repeats, part_of(progress, 0.0, 0.7))
-        copying_LH, trace_gap = _ov_copying(loaded, part_of(progress, 0.7, 1.0))
-    frame = _frame(anatomy, measured, copying_LH)
+            measured = _measure(loaded, repeats, part_of(progress, 0.0, 0.1))
+        copying_LH, trace_gap = _ov_copying(loaded, part_of(progress, 0.1, 0.2))
+        effects = None
+        if settings.ablation != "none":
+            effects = _ablate(loaded, repeats, settings.ablation, settings.seed, part_of(progress, 0.2, 1.0))
+    frame = _frame(anatomy, measured, copying_LH, effects)
     ranked = frame.sort_values(settings.x, ascending=False, kind="stable", ignore_index=True).head(50)
     return Result(
         frames={"ranked": ranked, "main": frame},
@@ -145,8 +174,9 @@ def head_scores(
                 "threads": torch.get_num_threads(),
                 "fp32_path": path.name,
             },
-            exactness_gap=max(measured.gap, trace_gap),
-            exactness_check="largest of |row sum − 1|, the weight on a later token, and |Σλ − trace| as a share of Σ|λ|",
+            exactness_gap=max(measured.gap, trace_gap, effects.gap if effects else 0.0),
+            exactness_check="largest of |row sum − 1|, the weight on a later token, |Σλ − trace| as a share of Σ|λ|, and the "
+            "difference of an ablation from a whole forward with hooks",
             attention_kernel="eager",
         ),
         notes=_notes(anatomy, repeats, settings),
@@ -231,7 +261,23 @@ def _ov_copying(loaded: LoadedModel, progress: Progress) -> tuple[Floats, float]
     return np.stack(rows), gap
 
 
-def _frame(anatomy: Anatomy, measured: _Measured, copying_LH: Floats) -> pd.DataFrame:
+def _ablate(loaded: LoadedModel, repeats: Repeats, mode: Ablation, seed: int, progress: Progress) -> Effects:
+    """What the loss of the second half gains when a head is ablated, every head in turn."""
+    second_half = Scored(slice(repeats.length + 1, None))
+    return ablate(
+        loaded,
+        list(repeats.ids_SP),
+        heads(loaded.anatomy),
+        [second_half] * len(repeats.ids_SP),
+        mode=mode,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def _frame(
+    anatomy: Anatomy, measured: _Measured, copying_LH: Floats, effects: Effects | None
+) -> pd.DataFrame:
     """One row per head: the mean of each score, and half of its 95 % interval."""
     layer, head = np.indices((anatomy.n_layers, anatomy.n_heads)).reshape(2, -1)
     columns: dict[str, Any] = {
@@ -243,6 +289,10 @@ def _frame(anatomy: Anatomy, measured: _Measured, copying_LH: Floats) -> pd.Data
         columns[name] = values_SLH.mean(0).ravel()
         columns[f"{name}_ci95"] = half_width(values_SLH).ravel()
     columns["ov_copying"] = copying_LH.ravel()
+    if effects is not None:
+        added_CS = effects.nats_CS - effects.base_nats_S
+        columns["ablation_effect"] = added_CS.mean(1)
+        columns["ablation_effect_ci95"] = half_width(added_CS.T)
     return pd.DataFrame(columns)
 
 
@@ -267,8 +317,8 @@ def _metrics(frame: pd.DataFrame, measured: _Measured, settings: HeadScoresSetti
 
 
 def _views(settings: HeadScoresSettings) -> tuple[View, ...]:
-    units = {"entropy_nats": "nats", "ov_copying": "ratio"}
-    tooltip = tuple(TITLES)
+    units = {"entropy_nats": "nats", "ov_copying": "ratio", "ablation_effect": "nats"}
+    tooltip = tuple(name for name in TITLES if name != "ablation_effect" or settings.ablation != "none")
     maps = tuple(
         View(
             "heatmap",
@@ -277,10 +327,10 @@ def _views(settings: HeadScoresSettings) -> tuple[View, ...]:
             color=name,
             title=TITLES[name],
             unit=units.get(name, "share"),
-            midpoint=0.0 if name == "ov_copying" else None,
+            midpoint=0.0 if name in ("ov_copying", "ablation_effect") else None,
             tooltip=tooltip,
         )
-        for name in dict.fromkeys((settings.x, settings.y, *TITLES))
+        for name in dict.fromkeys((settings.x, settings.y, *tooltip))
     )
     return (
         View(

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from core.capture import capture
-from core.errors import CannotMeasure
+from core.errors import BadInput, CannotMeasure
 from core.models.anatomy import Anatomy
 from core.models.anatomy_verify import eager_attention
 from core.probes._repeats import repeated_tokens
 from core.probes.head_scores import FROM_PATTERNS, HeadScoresSettings, head_scores
+from core.registry import get
 from core.types import Prompt, Result, silent
 from tests.induction import induction_model
 from tests.references.slow_heads import ov_copying_by_hand
@@ -134,3 +135,27 @@ def test_a_tokenizer_without_a_start_is_refused(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(type(loaded.tokenizer), name, None, raising=False)
     with pytest.raises(CannotMeasure, match="no start or end token"):
         repeated_tokens(loaded, length=5, sequences=1, seed=0)
+
+
+def test_ablating_the_induction_head_costs_the_second_half() -> None:
+    settings = HeadScoresSettings(sequences=2, ablation="zero", x="ablation_effect", y="induction")
+    result = scores(40.0, settings)
+    effect = result.frames["main"].set_index("name")["ablation_effect"]
+    # Without L1H0 every symbol is alike: ln 17; with it the answer leads by 8.71697.
+    whole = math.log(1 + 16 * math.exp(-8.71697))
+    assert effect["L1H0"] == pytest.approx(math.log(17) - whole, rel=1e-4)
+    assert effect["L0H0"] > 1
+    assert effect[["L0H1", "L1H1"]].to_numpy() == pytest.approx(0, abs=1e-6)
+    assert result.views[0].y == "ablation_effect"
+    assert result.provenance.exactness_gap == pytest.approx(0, abs=1e-5)
+
+
+def test_the_ablation_effect_is_refused_when_it_is_not_measured() -> None:
+    with pytest.raises(BadInput, match="only measured when ablation is set"):
+        scores("llama", HeadScoresSettings(x="ablation_effect"))
+
+
+def test_ablation_is_told_to_cost_more() -> None:
+    method, anatomy = get("probe", "head_scores"), tiny_model("llama").anatomy
+    plain, ablated = (method.cost(anatomy, 10, method.parse({"ablation": a})) for a in ("none", "mean"))
+    assert ablated.forwards > 5 * plain.forwards
