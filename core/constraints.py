@@ -42,7 +42,9 @@ _NAMES: dict[str, str] = {
 _MEMORY = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
 _TIME = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
 _SPEED = {"tok/s": 1.0, "tokens/s": 1.0, "t/s": 1.0}
+_IMAGES = {"img/s": 1.0, "images/s": 1.0}
 _BARE = {**dict.fromkeys(_MEMORY, "bytes"), **dict.fromkeys(_SPEED, "decode_tokens_per_s")}
+_BARE |= dict.fromkeys(_IMAGES, "images_per_s")
 _BARE |= {"nats": "kl", "bpw": "bits_per_weight", "bits": "bits_per_weight", "bpb": "bits_per_byte"}
 """The column a unit means when no name was given."""
 
@@ -127,7 +129,7 @@ def _factor(column: str, unit: str, text: str) -> float:
     elif column.endswith("_ms"):
         allowed = dict(_TIME)
     elif column.endswith("_per_s"):
-        allowed = {"": 1.0, **_SPEED}
+        allowed = {"": 1.0, **(_IMAGES if column.startswith("images") else _SPEED)}
     elif column == "bits_per_weight":
         allowed = {"": 1.0, "bits": 1.0, "bpw": 1.0}
     elif column == "bits_per_byte":

@@ -73,11 +73,13 @@ OBJECTIVES: dict[str, Objective] = {
         Objective("bits_per_byte", "Bits per byte", "", "lower", digits=4),
         Objective("perplexity", "Perplexity", "", "lower", digits=4, log=True),
         Objective("top1_agreement", "Top-1 agreement", "%", "higher", scale=0.01),
+        Objective("accuracy", "Accuracy", "%", "higher", scale=0.01),
         Objective("flips", "Flips", "%", "lower", scale=0.01),
         Objective("cosine_agreement", "Cosine agreement", "", "higher", digits=5),
         Objective("spearman", "Spearman", "", "higher"),
         Objective("prefill_tokens_per_s", "Prefill", "tok/s", "higher", group="speed"),
         Objective("decode_tokens_per_s", "Decode", "tok/s", "higher", group="speed"),
+        Objective("images_per_s", "Images", "img/s", "higher", group="speed"),
         Objective("ttft_ms", "TTFT", "ms", "lower", group="speed"),
         Objective("tpot_ms", "TPOT", "ms", "lower", group="speed"),
         Objective("load_ms", "Load", "ms", "lower", group="speed"),
@@ -256,7 +258,8 @@ def headlines(frame: pd.DataFrame, *, tolerance: float | None = None) -> Headlin
         return Headline(str(row["variant"]), str(row["name"]), aim, float(row[column]), against, doubtful)
 
     def quickest(rows: pd.DataFrame) -> Headline | None:
-        return best(rows, "decode_tokens_per_s") or best(rows, "prefill_tokens_per_s")
+        speeds = ("decode_tokens_per_s", "prefill_tokens_per_s", "images_per_s")
+        return next((found for column in speeds if (found := best(rows, column))), None)
 
     return Headlines(
         quality,

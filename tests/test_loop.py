@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from core.catalog.store import Catalog
-from core.errors import CannotOpen
-from core.loop import evaluate_variant, profile_variant, register
+from core.errors import BadInput, CannotOpen
+from core.loop import compare, evaluate_variant, make_variant, profile_variant, register
 from core.models.checkpoint import fingerprint
+from core.recipe import Recipe, Step
 from core.types import ModelRef
 from tests.tiny import tiny_folder
 
@@ -40,3 +41,26 @@ def test_a_base_whose_files_changed_is_not_measured(catalog: Catalog, tmp_path: 
         with pytest.raises(CannotOpen, match="its files changed since"):
             measure(catalog, entered.id)
     assert catalog.runs(entered.id) == []
+
+
+def test_a_vision_model_is_measured_on_pictures(catalog: Catalog) -> None:
+    base = register(catalog, "demo:vit")
+    assert base.family == "vision"
+    run = evaluate_variant(catalog, base.id, settings={"max_images": "16"})
+    found = {m.name: m.value for m in run.measurements}
+    assert found["kl"] == 0
+    assert found["accuracy"] > 0.7
+    assert run.conditions["images"] == "digits 1347 to 1362"
+    with pytest.raises(BadInput, match="give digits, or a folder"):
+        evaluate_variant(catalog, base.id, documents="a_text.txt")
+
+
+@pytest.mark.slow
+def test_a_vision_variant_is_proven_and_compared(catalog: Catalog) -> None:
+    made = make_variant(catalog, "demo:vit", Recipe(steps=(Step(method="rtn", settings={"bits": 4}),)))
+    assert made.variant.proven
+    run = evaluate_variant(catalog, made.variant.id)
+    found = {m.name: m.value for m in run.measurements}
+    assert 0 < found["kl"] < 0.05
+    assert found["top1_agreement"] > 0.95
+    assert "accuracy" in compare(catalog)

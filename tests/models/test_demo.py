@@ -46,3 +46,14 @@ def test_smollm2_answers_and_says_what_was_done_to_it() -> None:
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         assert loaded.tokenizer.decode(loaded.model(ids).logits[0, -1].argmax()) == " Paris"
+
+
+def test_the_digits_vit_is_small_and_comes_with_its_processor() -> None:
+    folder = demo_files("vit")
+    assert (folder / "model.safetensors").stat().st_size < 1_000_000
+    loaded = open_model(ModelRef.parse("demo:vit"))
+    assert loaded.family == "vision"
+    assert loaded.processor is not None
+    assert "digits" in loaded.notes[0]
+    assert (loaded.anatomy.n_layers, loaded.anatomy.n_heads, loaded.anatomy.context_length) == (4, 4, 17)
+    assert loaded.checks["lens at the last layer gives the logits"] == 0

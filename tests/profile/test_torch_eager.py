@@ -12,6 +12,7 @@ import time
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from core import errors
 from core.profile import device_lock, session
@@ -63,7 +64,11 @@ def test_an_encoder_is_measured_in_bfloat16(tmp_path):
 
 @pytest.mark.slow
 def test_a_vision_model_is_measured(tmp_path):
-    result = run(tiny_folder("vit", tmp_path), silent, SETTINGS)
+    folder = tiny_folder("vit", tmp_path)
+    result = run(folder, silent, SETTINGS)
+    stored = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    measured = {metric.name: metric.value for metric in result.metrics}
+    assert measured["weights_memory_bytes"] == stored, "the classifier is measured too, and nothing random"
     assert {metric.name: metric.value for metric in result.metrics}["images_per_s"] > 0
 
 

@@ -110,6 +110,7 @@ class TorchEager:
                 f"{architecture} is more than one model; only decoders and encoders are measured"
             )
         self._generates = "CausalLM" in architecture or architecture.endswith("LMHeadModel")
+        self._names_pictures = architecture.endswith("ForImageClassification")
         if self._is_float32():
             choose_path(self._settings.fp32_path)  # its parity check is not load time either
         if getattr(text, "vocab_size", None) is None:
@@ -126,7 +127,8 @@ class TorchEager:
         """``from_pretrained`` and the move to the device."""
         if self._is_float32():
             self._fp32 = self._globals.enter_context(fast_fp32(self._settings.fp32_path))
-        auto = transformers.AutoModelForCausalLM if self._generates else transformers.AutoModel
+        kind = "ForCausalLM" if self._generates else "ForImageClassification" if self._names_pictures else ""
+        auto = getattr(transformers, f"AutoModel{kind}")
         dtype = "auto" if self._settings.dtype == "stored" else self._settings.dtype
         try:
             model: Any = auto.from_pretrained(self._folder, dtype=dtype)
