@@ -16,9 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from core.lazy import torch
 from core.models.anatomy import Anatomy, Block
 from core.models.weights import input_first, split_heads
+from core.types import Progress
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
+
+    from core.models.loaded import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,25 @@ def _is_layer_norm(module: Any) -> bool:
 def _wide(tensor: Tensor) -> Tensor:
     """At least float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def every_copying(loaded: LoadedModel, progress: Progress) -> tuple[np.ndarray, float]:
+    """Σλ / Σ|λ| of every head [L, H], and how far Σλ is from the trace, as a share of Σ|λ|."""
+    model, anatomy = loaded.model, loaded.anatomy
+    token_DD = token_interaction(model, anatomy)
+    rows, gap = [], 0.0
+    for block in anatomy.blocks:
+        progress(block.index, anatomy.n_layers, f"weights of layer {block.index}")
+        weights = head_weights(model, anatomy, block)
+        small_HKK = weights.o_HKD @ token_DD @ weights.v_HDK
+        lambda_HK = eigenvalues(small_HKK)
+        trace_H = small_HKK.diagonal(0, -1, -2).sum(-1).double().cpu()
+        size_H = lambda_HK.abs().sum(-1)
+        off_H = (lambda_HK.sum(-1).real - trace_H).abs() / size_H.clamp_min(torch.finfo(torch.float64).tiny)
+        gap = max(gap, float(off_H.max()))
+        scale_H = weights.o_HKD.norm(dim=(-1, -2)) * token_DD.norm() * weights.v_HDK.norm(dim=(-1, -2))
+        rows.append(copying(lambda_HK, scale_H))
+    return torch.stack(rows).numpy(), gap
 
 
 def composition(chosen: HeadWeights, head: int, earlier: HeadWeights) -> dict[str, Tensor]:

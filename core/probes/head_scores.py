@@ -9,8 +9,6 @@ text, and carry an interval over sequences. It does not know what the heads do o
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,25 +16,19 @@ import pandas as pd
 from numpy.typing import NDArray
 from pydantic import Field
 
-from core.capture import capture
 from core.errors import BadInput
 from core.lazy import torch
-from core.models.anatomy_verify import eager_attention
 from core.models.fp32_path import fast_fp32
 from core.probes._ablation import Ablation, Effects, Scored, ablate, ablation_share, heads
-from core.probes._batching import in_batches
-from core.probes._distribution import reader, rows_at_once
-from core.probes._head_scores import PatternScorer
-from core.probes._head_weights import copying, eigenvalues, head_weights, token_interaction
+from core.probes._head_weights import every_copying
 from core.probes._interval import half_width
 from core.probes._provenance import provenance
+from core.probes._repeat_scores import Measured, bytes_each, measure
 from core.probes._repeats import Repeats, repeated_tokens
 from core.registry import Example, Settings, method
 from core.types import Cost, Metric, Progress, Prompt, Result, View, part_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from core.models.anatomy import Anatomy
     from core.models.loaded import LoadedModel
 
@@ -50,14 +42,6 @@ Score = Literal[
     "ov_copying",
     "ablation_effect",
 ]
-FROM_PATTERNS: dict[str, str] = {
-    "induction": "induction_score",
-    "previous_token": "previous_token_share",
-    "duplicate_token": "duplicate_token_score",
-    "entropy_nats": "entropy_nats",
-    "bos_share": "first_token_share",
-}
-"""Column here → score of ``_head_scores.py``."""
 TITLES = {
     "induction": "Induction: weight on the token after the earlier copy",
     "previous_token": "Weight on the previous token",
@@ -91,18 +75,12 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: HeadScoresSettings) -> Cost
     positions = 2 * settings.length + 1
     runs = settings.sequences * positions / max(1, n_tokens)
     if settings.ablation == "none":
-        return Cost(runs, _bytes_each(anatomy, positions))
+        return Cost(runs, bytes_each(anatomy, positions))
     heads_run = anatomy.n_layers * anatomy.n_heads
     return Cost(
         runs * (3 + ablation_share(anatomy) * heads_run),
-        _bytes_each(anatomy, positions) + 12 * positions * anatomy.vocab_size + (512 << 20),
+        bytes_each(anatomy, positions) + 12 * positions * anatomy.vocab_size + (512 << 20),
     )
-
-
-def _bytes_each(anatomy: Anatomy, positions: int) -> int:
-    """Peak of one sequence: three copies of a layer's patterns, and its widest activations."""
-    patterns = 3 * anatomy.n_heads * positions**2
-    return 4 * (patterns + positions * (4 * anatomy.d_ff + 8 * anatomy.d_model))
 
 
 @method(
@@ -148,9 +126,8 @@ def head_scores(
     if repeats.length < 2:
         raise BadInput(f"{loaded.ref} has room for {repeats.length} random tokens; at least 2 are needed")
     with loaded.lock, torch.inference_mode(), fast_fp32() as path:
-        with eager_attention(loaded.model):
-            measured = _measure(loaded, repeats, part_of(progress, 0.0, 0.1))
-        copying_LH, trace_gap = _ov_copying(loaded, part_of(progress, 0.1, 0.2))
+        measured = measure(loaded, repeats, part_of(progress, 0.0, 0.1))
+        copying_LH, trace_gap = every_copying(loaded, part_of(progress, 0.1, 0.2))
         effects = None
         if settings.ablation != "none":
             effects = _ablate(loaded, repeats, settings.ablation, settings.seed, part_of(progress, 0.2, 1.0))
@@ -183,84 +160,6 @@ def head_scores(
     )
 
 
-@dataclass
-class _Measured:
-    """Scores of all sequences, and how well the model predicts either half."""
-
-    scores: dict[str, Floats] = field(default_factory=dict)
-    """Column → [S, L, H]."""
-    nats_SP: Floats = field(default_factory=lambda: np.empty((0, 0)))
-    """Surprisal of each token but the first."""
-    gap: float = 0.0
-
-
-def _measure(loaded: LoadedModel, repeats: Repeats, progress: Progress) -> _Measured:
-    """Forward passes over all sequences, as many at once as fit; patterns are reduced inside the hook."""
-    anatomy = loaded.anatomy
-    scorer = PatternScorer(repeats.structure, causal=True, device=loaded.device)
-    n, positions = repeats.ids_SP.shape
-    layer_of = {block.attention: block.index for block in anatomy.blocks}
-
-    def run(first: int, stop: int) -> tuple[dict[str, Floats], Floats]:
-        progress(first, n, f"sequence {first + 1} of {n}")
-        found: defaultdict[str, list[Floats]] = defaultdict(list)
-
-        def reduce(path: str, pattern_BHPP: Tensor) -> None:
-            scores = scorer.score(pattern_BHPP.flatten(0, 1).float(), window=anatomy.windows[layer_of[path]])
-            for column, name in FROM_PATTERNS.items():
-                found[column].append(scores[name].view(stop - first, -1).double().cpu().numpy())
-
-        ids_BP = repeats.ids_SP[first:stop]
-        last = anatomy.blocks[-1].path
-        with (
-            capture(loaded.model, list(layer_of), reduce=reduce, item=1),
-            capture(loaded.model, [last]) as residual,
-        ):
-            loaded.model(ids_BP, use_cache=False, logits_to_keep=1)
-        return {name: np.stack(parts, 1) for name, parts in found.items()}, _nats(
-            loaded, residual[last], ids_BP
-        )
-
-    parts = in_batches(n, run, bytes_each=_bytes_each(anatomy, positions), device=loaded.device)
-    scores = {name: np.concatenate([part[0][name] for part in parts]) for name in FROM_PATTERNS}
-    return _Measured(scores, np.concatenate([part[1] for part in parts]), scorer.gap)
-
-
-def _nats(loaded: LoadedModel, residual_BPD: Tensor, ids_BP: Tensor) -> Floats:
-    """Surprisal of every token but the first [B, P − 1]; logits exist for a few rows at a time."""
-    read = reader(loaded)
-    rows_RD = residual_BPD[:, :-1].flatten(0, 1)
-    targets_R = ids_BP[:, 1:].flatten()
-    step = rows_at_once(loaded.anatomy.vocab_size)
-    nats = [
-        torch.nn.functional.cross_entropy(
-            read(rows_RD[first : first + step]), targets_R[first : first + step], reduction="none"
-        )
-        for first in range(0, len(rows_RD), step)
-    ]
-    values: Floats = torch.cat(nats).view(len(ids_BP), -1).double().cpu().numpy()
-    return values
-
-
-def _ov_copying(loaded: LoadedModel, progress: Progress) -> tuple[Floats, float]:
-    """Σλ / Σ|λ| of every head [L, H], and how far Σλ is from the trace, as a share of Σ|λ|."""
-    model, anatomy = loaded.model, loaded.anatomy
-    token_DD = token_interaction(model, anatomy)
-    rows, gap = [], 0.0
-    for block in anatomy.blocks:
-        progress(block.index, anatomy.n_layers, f"weights of layer {block.index}")
-        weights = head_weights(model, anatomy, block)
-        small_HKK = weights.o_HKD @ token_DD @ weights.v_HDK
-        lambda_HK = eigenvalues(small_HKK)
-        trace_H = small_HKK.diagonal(0, -1, -2).sum(-1).double().cpu()
-        size_H = lambda_HK.abs().sum(-1)
-        off_H = (lambda_HK.sum(-1).real - trace_H).abs() / size_H.clamp_min(torch.finfo(torch.float64).tiny)
-        gap = max(gap, float(off_H.max()))
-        scale_H = weights.o_HKD.norm(dim=(-1, -2)) * token_DD.norm() * weights.v_HDK.norm(dim=(-1, -2))
-        rows.append(copying(lambda_HK, scale_H).numpy())
-    return np.stack(rows), gap
-
-
 def _ablate(loaded: LoadedModel, repeats: Repeats, mode: Ablation, seed: int, progress: Progress) -> Effects:
     """What the loss of the second half gains when a head is ablated, every head in turn."""
     second_half = Scored(slice(repeats.length + 1, None))
@@ -275,9 +174,7 @@ def _ablate(loaded: LoadedModel, repeats: Repeats, mode: Ablation, seed: int, pr
     )
 
 
-def _frame(
-    anatomy: Anatomy, measured: _Measured, copying_LH: Floats, effects: Effects | None
-) -> pd.DataFrame:
+def _frame(anatomy: Anatomy, measured: Measured, copying_LH: Floats, effects: Effects | None) -> pd.DataFrame:
     """One row per head: the mean of each score, and half of its 95 % interval."""
     layer, head = np.indices((anatomy.n_layers, anatomy.n_heads)).reshape(2, -1)
     columns: dict[str, Any] = {
@@ -296,7 +193,7 @@ def _frame(
     return pd.DataFrame(columns)
 
 
-def _metrics(frame: pd.DataFrame, measured: _Measured, settings: HeadScoresSettings) -> tuple[Metric, ...]:
+def _metrics(frame: pd.DataFrame, measured: Measured, settings: HeadScoresSettings) -> tuple[Metric, ...]:
     n, n_scored = measured.nats_SP.shape
     how = f"Student's t over {n} random sequences"
     best = frame.sort_values("induction", kind="stable").iloc[-1]

@@ -13,8 +13,9 @@ from core.capture import capture
 from core.errors import BadInput, CannotMeasure
 from core.models.anatomy import Anatomy
 from core.models.anatomy_verify import eager_attention
+from core.probes._repeat_scores import FROM_PATTERNS
 from core.probes._repeats import repeated_tokens
-from core.probes.head_scores import FROM_PATTERNS, HeadScoresSettings, head_scores
+from core.probes.head_scores import HeadScoresSettings, head_scores
 from core.registry import get
 from core.types import Prompt, Result, silent
 from tests.induction import induction_model
