@@ -114,12 +114,12 @@ def _joined(
     made = both[[*keys, *tokens]].copy()
     for column in columns:
         one, other = both[column].astype(float), both[f"{column}_other"].astype(float)
-        made[column], made[f"{column}_{FIRST}"], made[f"{column}_{SECOND}"] = other - one, one, other
+        made[column], made[f"{FIRST}_{column}"], made[f"{SECOND}_{column}"] = other - one, one, other
     return made, said
 
 
 def _difference_view(view: View, frame: str) -> View:
-    tooltip = (f"{view.color}_{FIRST}", f"{view.color}_{SECOND}")
+    tooltip = (f"{FIRST}_{view.color}", f"{SECOND}_{view.color}")
     return replace(
         view,
         frame=frame,

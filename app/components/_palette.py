@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-PALETTE_JS = """
+BYTES_JS = """
+const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+"""
+PALETTE_JS = (
+    BYTES_JS
+    + """
 const ramp = (el, diverging) => {
   const name = diverging ? "--st-chart-diverging-colors" : "--st-chart-sequential-colors";
   const stops = getComputedStyle(el).getPropertyValue(name).split(",").map((s) => s.trim())
@@ -24,5 +29,5 @@ const luminance = (c) => [0.2126, 0.7152, 0.0722].reduce((sum, w, i) => {
   return sum + w * (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
 }, 0);
 const ink = (c) => (luminance(c) > 0.179 ? "#000000" : "#ffffff");
-const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 """
+)

@@ -1,6 +1,7 @@
 """A picture with weights of its patches laid over it: how much each counted, at an opacity the reader sets.
 
-The picture travels as a data address, which the page's policy allows for images only. Patches are elements that a
+A patch is the more opaque the more it counted, so that the picture shows through where little did; one colour that
+stands out on black and on white, and a second one below the midpoint where there is one. The picture travels as a data address, which the page's policy allows for images only. Patches are elements that a
 click or Enter picks; opacity is changed in the browser, without asking the server.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import streamlit as st
 
-from app.components._palette import PALETTE_JS
+from app.components._palette import BYTES_JS
 from app.components._quantize import to_levels
 
 _CSS = """
@@ -26,37 +27,38 @@ _CSS = """
 .patch[aria-selected="true"] { outline: 2px solid #F08C00; z-index: 1; }
 .below { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; padding-top: 8px; font: 12px var(--st-font);
   color: var(--st-text-color); font-variant-numeric: tabular-nums; }
-.bar { width: 140px; height: 8px; border-radius: 4px; }
+.bar { width: 140px; height: 8px; border-radius: 4px; border: 1px solid var(--st-border-color); }
 .below label { display: flex; align-items: center; gap: 6px; margin-left: auto; }
 .below input { width: 110px; accent-color: var(--st-primary-color); }
 """
 _JS = (
-    PALETTE_JS
+    BYTES_JS
     + """
+const MORE = "76 110 245", LESS = "232 89 12";
 const S = new WeakMap();
 const make = (tag, name) => { const el = document.createElement(tag); if (name) el.className = name; return el; };
 const digits = (v) => (v === 0 ? "0" : Math.abs(v) >= 1e-3 && Math.abs(v) < 1e5 ? v.toPrecision(3) : v.toExponential(1));
 export default function ({ data, parentElement, setTriggerValue }) {
   let s = S.get(parentElement);
-  if (!s) { s = { root: make("div"), opacity: 0.55 }; parentElement.appendChild(s.root); S.set(parentElement, s); }
-  const stops = ramp(parentElement.host ?? s.root, data.diverging), look = data.sig + stops.join();
-  if (s.look !== look) {
-    s.look = look;
-    const q = bytes(data.q), colors = lut(stops), image = make("div", "image"), picture = make("img");
+  if (!s) { s = { root: make("div"), opacity: 0.75 }; parentElement.appendChild(s.root); S.set(parentElement, s); }
+  if (s.look !== data.sig) {
+    s.look = data.sig;
+    const q = bytes(data.q), image = make("div", "image"), picture = make("img");
     picture.src = `data:image/png;base64,${data.picture}`; picture.alt = data.label;
     image.style.setProperty("--max", data.max_width + "px"); image.style.setProperty("--opacity", s.opacity);
     image.setAttribute("role", "listbox"); image.setAttribute("aria-label", data.label);
     s.patches = data.boxes.map(([left, top, width, height], i) => {
-      const el = make("div", "patch"), k = colors.subarray(q[i] * 4, q[i] * 4 + 3);
+      const el = make("div", "patch"), part = data.diverging ? Math.abs(q[i] - 127.5) / 127.5 : q[i] / 255;
       el.style.cssText = `left:${left * 100}%;top:${top * 100}%;width:${width * 100}%;height:${height * 100}%`;
-      el.style.background = `rgb(${k.join()})`; el.title = data.hover[i]; el.dataset.i = i; el.tabIndex = -1;
+      el.style.background = `rgb(${data.diverging && q[i] < 127.5 ? LESS : MORE} / ${part})`;
+      el.title = data.hover[i]; el.dataset.i = i; el.tabIndex = -1;
       el.setAttribute("role", "option"); el.setAttribute("aria-label", data.hover[i]);
       return el;
     });
     image.append(picture, ...s.patches);
     const below = make("div", "below"), bar = make("div", "bar"), low = make("span"), high = make("span");
     low.textContent = digits(data.low); high.textContent = `${digits(data.high)} ${data.unit}`;
-    bar.style.background = `linear-gradient(90deg, ${stops.join()})`;
+    bar.style.background = `linear-gradient(90deg, ${data.diverging ? `rgb(${LESS}),` : ""} transparent, rgb(${MORE}))`;
     const label = make("label"), slider = make("input");
     Object.assign(slider, { type: "range", min: 0, max: 1, step: 0.05, value: s.opacity });
     slider.oninput = () => { s.opacity = +slider.value; image.style.setProperty("--opacity", s.opacity); };

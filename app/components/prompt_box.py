@@ -40,18 +40,23 @@ def prompt_box(family: Family) -> Prompt | None:
 
 
 def _image_box() -> Prompt | None:
+    st.session_state["digit"] = _row()
     left, right = st.columns([2, 3], gap="small")
     with left:
         st.number_input(
             "Row of the digits data set",
             min_value=0,
             max_value=LAST_DIGIT,
-            value=_row(),
             key="digit",
             on_change=lambda: use_image(f"digits:{st.session_state['digit']}"),
         )
     with right:
-        upload = st.file_uploader("Or an image of yours", type=list(images.KINDS.values()), key="upload")
+        upload = st.file_uploader(
+            "Or an image of yours",
+            type=list(images.KINDS.values()),
+            max_upload_size=images.LIMIT_BYTES // 1_000_000,
+            key="upload",
+        )
     if upload is not None and st.session_state.get("upload_used") != upload.file_id:
         st.session_state["upload_used"] = upload.file_id
         try:
@@ -65,7 +70,8 @@ def _image_box() -> Prompt | None:
     except BadInput as error:
         st.markdown(f":red[{esc(error)}]")
         return None
-    st.caption(esc(f"Looking at {name if name.startswith('digits:') else f'your image {name[:12]}'}"))
+    if not images.DIGITS.fullmatch(name):
+        st.caption(esc(f"Looking at your image {name[:12]}; a change of the row goes back to the digits."))
     return Prompt(image=source)
 
 

@@ -103,23 +103,21 @@ def _map_card_head(result: Result, group: Group, key: str, look: Look) -> tuple[
 
 
 def _colour(group: Group, key: str, look: Look) -> View:
-    """The colour that is chosen; a panel that follows another takes that one's."""
+    """The colour that is chosen; a panel that follows another shows that one's choice."""
     by_column = {str(view.color): view for view in group}
-    if look.leader:
-        chosen = st.session_state.get(f"{look.leader}_{key.rpartition('_')[2]}_colour")
-        return by_column.get(str(chosen), group[0])
+    titles = {column: titled(column, view) for column, view in by_column.items()}
+    default = str(group[0].color)
     few = len(group) <= 3
     widget: Any = st.segmented_control if few else st.selectbox
-    column = state.choice(
-        widget,
-        "Colour",
-        {column: titled(column, view) for column, view in by_column.items()},
-        key=f"{key}_colour",
-        default=str(group[0].color),
-        label_visibility="collapsed",
-        **({"required": True} if few else {}),
-    )
-    return by_column[column]
+    options: dict[str, Any] = {"label_visibility": "collapsed", **({"required": True} if few else {})}
+    if not look.leader:
+        return by_column[
+            state.choice(widget, "Colour", titles, key=f"{key}_colour", default=default, **options)
+        ]
+    chosen = st.session_state.get(f"{look.leader}_{key.rpartition('_')[2]}_colour") or default
+    st.session_state[f"{key}_colour"] = chosen
+    widget("Colour", list(titles), format_func=titles.get, key=f"{key}_colour", disabled=True, **options)
+    return by_column[chosen]
 
 
 def _draw_map(
