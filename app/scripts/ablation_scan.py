@@ -6,6 +6,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEXT = "When Mary and John went to the store, John gave a drink to"
 ABLATION = "mean"
+DOCUMENTS = ""
+assert not DOCUMENTS, "this script scans one text; put a document into TEXT"
+assert ABLATION in ("zero", "mean"), "this script knows zero and mean"
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
@@ -26,7 +29,6 @@ def read(hooked=None, hook=None):
 
 def instead(output):
     """What an ablated component puts out."""
-    assert ABLATION in ("zero", "mean"), "this script knows zero and mean"
     return torch.zeros_like(output) if ABLATION == "zero" else output.mean(1, keepdim=True).expand_as(output)
 
 
