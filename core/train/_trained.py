@@ -85,12 +85,13 @@ def bound_to(
     }
 
 
-def load(artifact: str, *, method: str, loaded: LoadedModel) -> Learned:
+def load(artifact: str, *, method: str, loaded: LoadedModel, same_unembedding: bool = False) -> Learned:
     """Read a trained instrument for use on ``loaded``, its tensors on the model's device.
 
     ``artifact`` is a folder, or the hash (its first 8 digits suffice) of an artifact in the catalog. It fits the
     model that it was trained on, and a variant that ``slimscope.json`` says was made from that model (``lineage``).
-    Raises ``BadInput`` for one that is missing, damaged, of another method, or made for another model.
+    With ``same_unembedding`` a variant's unembedding must also be untouched. Raises ``BadInput`` for one that is
+    missing, damaged, of another method, or made for another model.
     """
     if not artifact.strip():
         raise BadInput(
@@ -104,6 +105,11 @@ def load(artifact: str, *, method: str, loaded: LoadedModel) -> Learned:
             f"{artifact} holds a trained {facts['method']}, not a {method}; choose another artifact"
         )
     _refuse_other_model(facts, loaded, artifact)
+    if same_unembedding and facts["unembedding"] != unembedding_hash(loaded):
+        raise BadInput(
+            f"artifact {artifact} was trained to be read by the unembedding of {facts['base']}, and {loaded.ref} has "
+            f"another final norm or unembedding; train a {method} on {loaded.ref}"
+        )
     import safetensors.torch
 
     try:

@@ -57,7 +57,7 @@ class TunedLensSettings(Settings):
     )
     batch: int = Field(32, ge=1, le=1024, description="Positions per step of the descent")
     learning_rate: float = Field(
-        1e-3, gt=0, le=1, description="Of Adam, falling linearly to 0; residuals are scaled to unit size"
+        1e-4, gt=0, le=1, description="Of Adam, falling linearly to 0; residuals are scaled to unit size"
     )
     checks: int = Field(2, ge=1, le=20, description="Times held-out KL is measured during the descent")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the order of positions")

@@ -10,16 +10,18 @@ import pandas as pd
 import pytest
 import torch
 
+from core.capture import capture
 from core.errors import BadInput, SlimscopeError
 from core.models.open import open_model
-from core.probes import _distribution, _tokens
-from core.probes import logit_lens as logit_lens_module
+from core.models.readout import unembed
+from core.probes import _distribution, _lens_grid, _tokens
 from core.probes._distribution import Reference, describe, top_entries
-from core.probes.logit_lens import LogitLensSettings, _settling_layers, logit_lens
+from core.probes._lens_frames import _arrow, _movement, settling_layers
+from core.probes.logit_lens import LogitLensSettings, logit_lens
 from core.types import ModelRef, Prompt, silent
 from tests.induction import EPSILON, START, D, induction_model, repeated_prompt
 from tests.references.slow_probes import lens_by_hand
-from tests.tiny import DECODERS, tiny_folder, tiny_model
+from tests.tiny import D_MODEL, DECODERS, tiny_folder, tiny_model
 
 PROMPT = Prompt("The capital of France is Paris, and Mary gave a drink to John")
 
@@ -80,7 +82,7 @@ def test_batches_of_rows_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPat
     whole = logit_lens(loaded, PROMPT, silent, LogitLensSettings(positions=0))
     monkeypatch.setattr(_distribution, "ROWS_BYTES", 4 * loaded.anatomy.vocab_size * 7)
     monkeypatch.setattr(_distribution, "SLICE_BYTES", 4 * loaded.anatomy.vocab_size * 3)
-    monkeypatch.setattr(logit_lens_module, "SPAN", 6)
+    monkeypatch.setattr(_lens_grid, "SPAN", 6)
     parts = logit_lens(loaded, PROMPT, silent, LogitLensSettings(positions=0))
     assert parts.provenance.exactness_gap == pytest.approx(0, abs=1e-5)
     for name in whole.frames:
@@ -94,7 +96,11 @@ def test_positions_and_stride_choose_cells_without_changing_them() -> None:
     assert sorted(part["layer"].unique()) == [0, 2, 3], "the last layer is always shown"
     n = whole["position"].max() + 1
     chosen = whole[whole["layer"].isin([0, 2, 3]) & (whole["position"] >= n - 5)].reset_index(drop=True)
-    pd.testing.assert_frame_equal(part, chosen, rtol=1e-4, atol=1e-5)
+    moves = ["rank_movement", "rank_halvings", "movement"]  # are since the row before, which is another one
+    pd.testing.assert_frame_equal(part.drop(columns=moves), chosen.drop(columns=moves), rtol=1e-4, atol=1e-5)
+    pd.testing.assert_series_equal(
+        part.groupby("position")["rank_of_target"].diff(), -part["rank_movement"], check_names=False
+    )
 
 
 def test_induction_model_has_the_closed_form_answers() -> None:
@@ -136,6 +142,64 @@ def test_top_entries_of_equal_values_are_different_entries() -> None:
     assert all(len(set(row)) == 9 for row in ids.tolist())
 
 
+@pytest.mark.parametrize("family", [f for f in DECODERS if f != "gpt_neox"])
+def test_the_middle_of_a_block_is_what_its_mlp_norm_is_fed(family: str) -> None:
+    loaded = tiny_model(family)
+    settings = LogitLensSettings(positions=0, points="attention", fp32_path="exact")
+    result = logit_lens(loaded, PROMPT, silent, settings)
+    layers = sorted(result.frame["layer"].unique())
+    assert layers == [0, 0.5, 1, 1.5, 2, 2.5, 3]
+    assert result.provenance.exactness_gap == 0
+    norms = [block.mlp_norm for block in loaded.anatomy.blocks]
+    ids = torch.tensor([loaded.tokenizer(PROMPT.text)["input_ids"]])
+    with torch.inference_mode(), capture(loaded.model, norms, inputs=True) as fed:
+        loaded.model(ids)
+        for layer, norm in enumerate(norms):
+            logits = unembed(loaded.model, loaded.anatomy, fed[norm].view(1, -1, D_MODEL))[0]
+            row = cell(result.frame, layer + 0.5)
+            np.testing.assert_allclose(row["p_top1"], logits.softmax(-1).max(-1).values, rtol=1e-4)
+            assert row["point"].unique().tolist() == [f"layer {layer + 1} after attention"]
+    whole = logit_lens(loaded, PROMPT, silent, LogitLensSettings(positions=0, fp32_path="exact")).frame
+    assert cell(result.frame, 2)["p_top1"].to_numpy() == pytest.approx(cell(whole, 2)["p_top1"], rel=1e-5)
+
+
+def test_a_parallel_block_has_no_middle_of_its_own() -> None:
+    result = logit_lens(tiny_model("gpt_neox"), PROMPT, silent, LogitLensSettings(points="attention"))
+    assert any("read the same stream" in note for note in result.notes)
+
+
+def test_the_induction_model_knows_after_attention_already() -> None:
+    """Its MLPs are empty: the middle of a block is its end."""
+    loaded = induction_model(40.0)
+    settings = LogitLensSettings(positions=0, points="attention")
+    frame = logit_lens(loaded, repeated_prompt(12), silent, settings).frame
+    np.testing.assert_allclose(cell(frame, 1.5)["p_top1"], cell(frame, 2)["p_top1"], rtol=1e-6)
+    risen = cell(frame, 1.5).loc[list(range(13, 24))]
+    assert (risen["rank_of_target"] == 1).all()
+    assert (cell(frame, 2).loc[risen.index, "movement"] == "=").all()
+
+
+def test_rank_movement_is_told_in_places() -> None:
+    moved, halvings = _movement(np.array([[8.0, 1.0, np.nan], [2.0, 41.0, np.nan], [2.0, 1.0, np.nan]]))
+    assert [[_arrow(places) for places in row] for row in moved] == [
+        ["", "", ""],
+        ["↑6", "↓40", ""],
+        ["=", "↑40", ""],
+    ]
+    assert halvings[1, 0] == 2
+
+
+def test_one_token_can_be_followed_at_every_position() -> None:
+    loaded = tiny_model("llama")
+    frame = logit_lens(loaded, PROMPT, silent, LogitLensSettings(positions=0, target=" Paris")).frame
+    assert (frame["target"] == " Paris").all()
+    assert frame["rank_of_target"].notna().all(), "the last position has a target now"
+    plain = logit_lens(loaded, PROMPT, silent, LogitLensSettings(positions=0)).frame
+    same = plain["target"] == " Paris"
+    assert same.any()
+    np.testing.assert_allclose(frame.loc[same, "p_target"], plain.loc[same, "p_target"], rtol=1e-5)
+
+
 def test_describe_on_a_uniform_and_a_certain_row() -> None:
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 60.0, 0.0, 0.0]])
     reference = Reference.of(torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
@@ -148,7 +212,7 @@ def test_describe_on_a_uniform_and_a_certain_row() -> None:
 
 def test_settling_layer_is_where_the_top_token_stops_changing() -> None:
     top1_SN = np.array([[7, 1, 7, 5], [7, 7, 1, 6], [7, 7, 7, 7]])
-    assert _settling_layers(top1_SN, [0, 2, 3]).tolist() == [0, 2, 3, 3]
+    assert settling_layers(top1_SN, np.array([0, 2, 3])).tolist() == [0, 2, 3, 3]
 
 
 def test_bfloat16_unembedding_is_marked_as_a_preview() -> None:
