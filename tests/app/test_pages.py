@@ -66,16 +66,6 @@ def test_every_probe_is_drawn(opened, tiny_llama, tiny_bert, tiny_vit, tiny_othe
     assert drawn or refused, [plain(said.value) for said in app.markdown]
 
 
-def test_the_page_opens_on_questions(opened, tiny_llama):
-    app = opened("inspect", model=str(tiny_llama), text="one two three")
-    question = (
-        app.segmented_control(key="question")
-        if hasattr(app, "segmented_control")
-        else app.button_group(key="question")
-    )
-    assert len(question.options) > 1
-
-
 def test_a_link_opens_the_cell_it_names(opened, tiny_llama):
     app = opened("inspect", model=str(tiny_llama), text="one two three", cell="1~2")
     assert any(plain(header.value).startswith("Layer 1, position 2") for header in app.header)
