@@ -95,15 +95,6 @@ def out_of_fold(
     return predicted_TN, gradient
 
 
-def majority_out_of_fold(y_N: Ints, fold_N: Ints) -> Ints:
-    """The commonest label of the other folds, for every text: what knowing nothing about the text is worth."""
-    predicted_N = np.empty_like(y_N)
-    for fold in np.unique(fold_N):
-        test_N = fold_N == fold
-        predicted_N[test_N] = np.bincount(y_N[~test_N]).argmax()
-    return predicted_N
-
-
 def unseen_groups(groups: Sequence[str], y_N: Ints, *, folds: int, generator: np.random.Generator) -> Ints:
     """A fold per text, equal within a group, every label spread evenly: what is tested was never met in training."""
     label_of: dict[str, int] = {}

@@ -26,7 +26,6 @@ class Layers:
     """What was predicted at each layer, appended layer by layer."""
 
     labels_N: Ints
-    majority_N: Ints
     shuffled_N: Ints
     controls_TN: Ints
     data: Labelled
@@ -48,8 +47,8 @@ class Layers:
 
     @property
     def majority(self) -> float:
-        """Share of texts that have the commonest label of the other folds."""
-        return float((self.majority_N == self.labels_N).mean())
+        """Share of texts that have the commonest label: what knowing nothing about a text is worth."""
+        return float(np.bincount(self.labels_N).max() / len(self.labels_N))
 
     @property
     def memorable(self) -> float:
@@ -60,10 +59,9 @@ class Layers:
     def flags(self, frame: pd.DataFrame) -> tuple[str, ...]:
         """Why the accuracies must be read with care."""
         n = len(self.labels_N)
-        most_common = float(np.bincount(self.labels_N).max() / n)
-        sigma = np.sqrt(most_common * (1 - most_common) / n)
+        sigma = np.sqrt(self.majority * (1 - self.majority) / n)
         found = []
-        if frame["shuffled_accuracy"].max() > most_common + SHUFFLED_SIGMAS * sigma:
+        if frame["shuffled_accuracy"].max() > self.majority + SHUFFLED_SIGMAS * sigma:
             found.append("shuffled_labels_learned")
         if self.memorable < 0.5:
             found.append("weak_control")

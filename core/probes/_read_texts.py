@@ -3,7 +3,9 @@
 Legend: S layers (embedding, then after each block), N texts, B texts of a batch, P positions, D d_model.
 
 Texts of equal token counts run together, so that nothing is padded: batched numbers are those of one text alone.
-Special tokens (BOS, CLS, SEP) count for ``first`` only. Knows nothing of what the vectors are for.
+Special tokens (BOS, CLS, SEP) count for ``first`` only; a decoder's first position, which sees nothing but itself and is
+often an attention sink of a hundred times the usual norm, does not count for the mean. Knows nothing of what the
+vectors are for.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def read_texts(
 def residual_vectors(loaded: LoadedModel, batch: Sequence[Encoded], position: Position) -> Tensor:
     """Residuals [S, B, D] in float32 on the CPU, of texts with equally many tokens."""
     inputs = {name: torch.cat([one.inputs[name] for one in batch]) for name in batch[0].inputs}
-    weights_BP = torch.stack([_weights(one, position) for one in batch]).to(loaded.device)
+    weights_BP = torch.stack(
+        [_weights(one, position, causal=loaded.family == "decoder") for one in batch]
+    ).to(loaded.device)
 
     def reduce(path: str, stream_BPD: Tensor) -> Tensor:
         return torch.einsum("bp,bpd->bd", weights_BP, stream_BPD.float()).cpu()
@@ -82,10 +86,11 @@ def residual_vectors(loaded: LoadedModel, batch: Sequence[Encoded], position: Po
     return torch.stack(list(residual.values()))
 
 
-def _weights(encoded: Encoded, position: Position) -> Tensor:
+def _weights(encoded: Encoded, position: Position, *, causal: bool) -> Tensor:
     """How much each position counts [P]; sums to 1."""
     ordinary = [p for p, n in enumerate(encoded.n_bytes) if n] or list(range(encoded.n_tokens))
-    chosen = {"last": ordinary[-1:], "first": [0], "mean": ordinary}[position]
+    averaged = [p for p in ordinary if p] if causal and ordinary != [0] else ordinary
+    chosen = {"last": ordinary[-1:], "first": [0], "mean": averaged}[position]
     weights_P = torch.zeros(encoded.n_tokens)
     weights_P[chosen] = 1 / len(chosen)
     return weights_P

@@ -25,7 +25,6 @@ from core.probes._linear_fit import (
     Fit,
     Ints,
     fit,
-    majority_out_of_fold,
     one_thread,
     out_of_fold,
     seen_groups,
@@ -198,7 +197,7 @@ def _probe_layers(
     seen_N = seen_groups(data.groups, labels_N, folds=settings.folds, generator=generator)
     shuffled_N = generator.permutation(labels_N)
     controls = [_control_labels(data, labels_N, generator) for _ in range(CONTROL_TASKS)]
-    layers = Layers(labels_N, majority_out_of_fold(labels_N, unseen_N), shuffled_N, np.stack(controls), data)
+    layers = Layers(labels_N, shuffled_N, np.stack(controls), data)
 
     def predict(x_ND: Tensor, *targets: Ints, fold_N: Ints) -> Ints:
         predicted_TN, gradient = out_of_fold(
