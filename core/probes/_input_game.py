@@ -144,14 +144,17 @@ class Game:
         return float(whole), float(nothing)
 
     def embeddings(self) -> Tensor:
-        """The prompt's input embeddings [P, D], as the model adds them up."""
-        return self._embedding(self._ids())
+        """The prompt's input embeddings [P, D], before learned positions are added."""
+        return self.embeddings_of(self.encoded.ids)
 
-    def occluded_embeddings(self) -> Tensor:
-        """The prompt with every player occluded [P, D]; a removed token counts as the mean embedding."""
-        replacement_D = self.replacement_D
-        if replacement_D is None:
-            replacement_D = mean_embedding(self.loaded)
+    def embeddings_of(self, ids: Sequence[int]) -> Tensor:
+        """Input embeddings [P, D] of the first P of other ids."""
+        ids_P = torch.tensor(ids[: self.n_positions], device=self.loaded.device)
+        embedded_PD: Tensor = self.loaded.model.get_submodule(self.loaded.anatomy.embedding)(ids_P)
+        return embedded_PD
+
+    def occluded_embeddings(self, replacement_D: Tensor) -> Tensor:
+        """The prompt's embeddings [P, D] with ``replacement_D`` in the place of every player."""
         return self._replace(np.zeros((1, self.n), bool), replacement_D)[0]
 
     def _run_all(self, coalitions_BN: np.ndarray, length: int, progress: Progress) -> list[float]:
@@ -198,13 +201,6 @@ class Game:
 
     def _length(self, present_N: np.ndarray) -> int:
         return len(self._kept_ids(present_N)) if self.replacement_D is None else self.n_positions
-
-    def _ids(self) -> Tensor:
-        return torch.tensor(self.encoded.ids[: self.n_positions], device=self.loaded.device)
-
-    def _embedding(self, ids_P: Tensor) -> Tensor:
-        embedded: Tensor = self.loaded.model.get_submodule(self.loaded.anatomy.embedding)(ids_P)
-        return embedded
 
 
 def build_game(loaded: LoadedModel, prompt: Prompt, settings: InputSettings) -> Game:
@@ -255,6 +251,17 @@ def mean_embedding(loaded: LoadedModel) -> Tensor:
     return mean_D * loaded.anatomy.embedding_scale
 
 
+def neutral_embedding(loaded: LoadedModel, settings: InputSettings) -> Tensor:
+    """Embedding [D] of the neutral token that was named, else of the tokenizer's padding or end token."""
+    if settings.neutral_token:
+        id_ = resolve_token(loaded, settings.neutral_token, role="neutral_token").id
+    else:
+        id_ = _special_id(loaded, "pad_token_id", "eos_token_id", "bos_token_id")
+    ids = torch.tensor([id_], device=loaded.device)
+    row_D: Tensor = loaded.model.get_submodule(loaded.anatomy.embedding)(ids)[0]
+    return row_D
+
+
 def row_bytes(anatomy: Anatomy, n_positions: int) -> float:
     """Memory of one prompt in a batch, forward only: a layer's largest tensors, and one row of logits."""
     width = 8 * anatomy.d_model + 4 * anatomy.d_ff * max(1, anatomy.experts_per_token)
@@ -266,13 +273,7 @@ def _replacement(loaded: LoadedModel, settings: InputSettings) -> Tensor | None:
         return None
     if settings.occlude_with == "mean_embedding":
         return mean_embedding(loaded)
-    if settings.neutral_token:
-        id_ = resolve_token(loaded, settings.neutral_token, role="neutral_token").id
-    else:
-        id_ = _special_id(loaded, "pad_token_id", "eos_token_id", "bos_token_id")
-    ids = torch.tensor([id_], device=loaded.device)
-    row_D: Tensor = loaded.model.get_submodule(loaded.anatomy.embedding)(ids)[0]
-    return row_D
+    return neutral_embedding(loaded, settings)
 
 
 def _empty_id(
