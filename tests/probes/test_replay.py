@@ -3,7 +3,7 @@ import torch
 
 from core.models.readout import unembed
 from core.probes._recording import record
-from core.probes._replay import Patch, Row, replay
+from core.probes._replay import Patch, Row, last_residuals, replay
 from tests.references.slow_patching import slow_patched_logits, slow_states
 from tests.tiny import DECODERS, tiny_model
 
@@ -78,3 +78,25 @@ def test_a_replay_is_the_whole_hooked_forward(family: str, node: str):
         )
     for row, logits, slow in zip(rows, all_logits(loaded, base, rows), expected, strict=True):
         assert torch.allclose(logits, slow, atol=1e-4, rtol=1e-4), row
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_the_short_last_layer_gives_the_same_last_position(family: str):
+    loaded = tiny_model(family)
+    clean, base = recordings(loaded)
+    rows = [
+        (Patch(layer, node, position, clean.at(node, layer, head=head)[position : position + 2], head),)
+        for node in NODES
+        for layer, position, head in cells(loaded, node)
+    ]
+    rows += [tuple(patch for row in rows[n::7] for patch in row) for n in range(7)]  # many patches at once
+    whole = torch.zeros(len(rows), loaded.anatomy.d_model)
+
+    def read(numbers, start, residual_RTD):
+        whole[list(numbers)] = residual_RTD[:, -1]
+
+    with torch.inference_mode():
+        replay(loaded, base, rows, read)
+        short = last_residuals(loaded, base, rows)
+    torch.testing.assert_close(short, whole, atol=1e-5, rtol=1e-4)
+    assert (short[0] - short[-1]).abs().max() > 0.1
