@@ -233,9 +233,10 @@ def test_cancelling_leaves_no_hook_and_no_lock() -> None:
     loaded.lock.release()
 
 
-def test_too_many_variations_are_refused() -> None:
-    with pytest.raises(BadInput, match="set orders to at most"):
-        shapley(tiny_model("llama"), Prompt("one two three " * 10), orders=2048, unit="token")
+def test_too_many_variations_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapley_module, "MAX_VARIATIONS", 100)
+    with pytest.raises(BadInput, match="more than 100; set orders to at most"):
+        shapley(tiny_model("llama"), LONG)
 
 
 def test_a_neutral_token_must_be_one_token() -> None:
