@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from core.models.loaded import LoadedModel
 from core.models.open import open_model
+from core.models.patch_grid import image_size
 from core.types import ModelRef
 
 VOCAB = 512
@@ -110,8 +111,35 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
             num_labels=10,
         )
     ),
+    # A distillation token beside the class token, and a picture that is not square.
+    "deit": lambda: transformers.DeiTForImageClassification(
+        transformers.DeiTConfig(
+            hidden_size=D_MODEL,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            intermediate_size=D_FF,
+            image_size=(24, 32),
+            patch_size=8,
+            num_labels=10,
+        )
+    ),
+    # Registers between class token and patches; its classifier also reads the patches' mean.
+    "dinov2_registers": lambda: transformers.Dinov2WithRegistersForImageClassification(
+        transformers.Dinov2WithRegistersConfig(
+            hidden_size=D_MODEL,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            mlp_ratio=D_FF // D_MODEL,
+            image_size=28,
+            patch_size=14,
+            num_register_tokens=4,
+            num_labels=10,
+        )
+    ),
 }
-FAMILIES: tuple[str, ...] = tuple(_BUILDERS)
+SPECIAL_VISION: tuple[str, ...] = ("deit", "dinov2_registers")
+"""Vision models with further special tokens, for the tests of anatomy and vision; other tests walk ``FAMILIES``."""
+FAMILIES: tuple[str, ...] = tuple(name for name in _BUILDERS if name not in SPECIAL_VISION)
 DECODERS: tuple[str, ...] = tuple(name for name in FAMILIES if name not in ("bert", "vit"))
 MOE: tuple[str, ...] = ("mixtral", "olmoe", "qwen3_moe")
 
@@ -123,8 +151,9 @@ def tiny_folder(family: str, folder: Path, *, seed: int = 0) -> Path:
     model = _BUILDERS[family]()
     _redraw(model, seed)
     model.save_pretrained(folder)
-    if family == "vit":
-        transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    if family in ("vit", *SPECIAL_VISION):
+        height, width = image_size(model.config)
+        transformers.ViTImageProcessorPil(size={"height": height, "width": width}).save_pretrained(folder)
     else:
         _tokenizer(family).save_pretrained(folder)
     return folder

@@ -25,6 +25,7 @@ from core.compress._targets import tied_names
 from core.lazy import torch
 from core.models.loaded import LoadedModel
 from core.models.open import AUTO_CLASSES
+from core.models.patch_grid import image_size
 from core.types import Metric, Progress, Provenance, Result
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ def _probe_inputs(loaded: LoadedModel) -> dict[str, Tensor]:
     """Fixed inputs: two token sequences, or two images."""
     config = loaded.model.config
     if loaded.family == "vision":
-        shape = (2, config.num_channels, config.image_size, config.image_size)
+        shape = (2, config.num_channels, *image_size(config))
         return {"pixel_values": torch.arange(float(torch.Size(shape).numel())).sin().reshape(shape)}
     length = min(PROBE_TOKENS, loaded.anatomy.context_length)
     ids = (torch.arange(2 * length) * 7919 + 13) % loaded.anatomy.vocab_size

@@ -17,6 +17,7 @@ from pydantic import Field
 from core.errors import BadInput, CannotMeasure
 from core.evaluate._comparison import provenance
 from core.evaluate._intervals import Bootstrap, Floats, Interval
+from core.images.classes import class_logits, refuse_without_classes
 from core.images.labelled import LabelledImages
 from core.images.pixels import to_pixels
 from core.journal import Journal
@@ -139,10 +140,7 @@ _VIEWS = (
 def _classes(base: LoadedModel, variant: LoadedModel) -> list[str]:
     """The class names, by index, that both models share."""
     for loaded in (base, variant):
-        if loaded.anatomy.unembedding is None:
-            raise CannotMeasure(
-                f"{loaded.ref} has no classifier, so it names no classes; open an image classifier"
-            )
+        refuse_without_classes(loaded)
     first, second = (
         {int(n): str(name) for n, name in m.model.config.id2label.items()} for m in (base, variant)
     )
@@ -211,14 +209,11 @@ def _log_p(loaded: LoadedModel, pictures: Sequence[Picture]) -> Tensor:
     """Log probabilities [B, C] in float64 on the CPU."""
     pixels = to_pixels(loaded, pictures)
     with loaded.lock, torch.inference_mode():
-        logits_BC: Tensor = loaded.model(pixel_values=pixels.values_NCHW).logits.cpu().double()
-    if not logits_BC.isfinite().all():
-        bad = int((~logits_BC.isfinite().all(-1)).int().argmax())
-        raise CannotMeasure(
-            f"{loaded.ref} gives logits that are not finite for {pictures[bad].name}; "
-            "try float32, or discard this variant"
-        )
-    return logits_BC.log_softmax(-1)
+        try:
+            logits_BC = class_logits(loaded, pixels.values_NCHW)
+        except CannotMeasure as error:
+            raise CannotMeasure(f"pictures {pictures[0].name} to {pictures[-1].name}: {error}") from None
+    return logits_BC.cpu().double().log_softmax(-1)
 
 
 def _frame(images: LabelledImages, classes: list[str], scores: pd.DataFrame) -> pd.DataFrame:

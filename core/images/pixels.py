@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import BadInput
 from core.images.pictures import Picture
+from core.models.patch_grid import image_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,18 +57,3 @@ def to_pixels(loaded: LoadedModel, pictures: Sequence[Picture]) -> Pixels:
     seen_NCHW = np.clip(np.rint(np.stack(list(kept["pixel_values"]))), 0, 255).astype(np.uint8)
     model = loaded.model
     return Pixels(values.to(model.device, model.dtype), np.moveaxis(seen_NCHW, 1, -1))
-
-
-def image_size(config: Any) -> tuple[int, int]:
-    """Height and width of the model's input in pixels."""
-    return _pair(config.image_size)
-
-
-def patch_size(config: Any) -> tuple[int, int]:
-    """Height and width of one patch in pixels."""
-    return _pair(config.patch_size)
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)

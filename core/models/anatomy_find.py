@@ -19,6 +19,7 @@ from core.models.anatomy_layouts import (
     SHARED_EXPERTS,
     AttentionLayout,
 )
+from core.models.patch_grid import patch_grid
 from core.types import Family
 
 
@@ -57,7 +58,7 @@ def find_anatomy(model: Any) -> Anatomy:
         token_type_embedding=_path_or_none(model, _join(around, "embeddings.token_type_embeddings")),
         embedding_norm=_path_or_none(model, _join(around, "embeddings.LayerNorm")),
         blocks=blocks,
-        final_norm=_final_norm(model, base, attention),
+        final_norm=_final_norm(model, base, around, attention),
         head_transform=_path_or_none(model, "cls.predictions.transform"),
         unembedding=head,
         tied=head is not None
@@ -128,6 +129,8 @@ def _block(layer: Any, index: int, path: str, layout: AttentionLayout) -> Block:
     mlp = _mlp_parts(layer, path)
     write = layout.norms[2] if sandwich else layout.write or layout.attention
     mlp_write = f"{path}.{layout.norms[3]}" if sandwich else mlp["mlp_write"]
+    if layout.mlp_write:
+        mlp_write = f"{path}.{layout.mlp_write}"
     return Block(
         index=index,
         path=path,
@@ -194,15 +197,18 @@ def _embedding(model: Any, architecture: str) -> str:
 
 
 def _head(model: Any) -> str | None:
-    classifier = getattr(model, "classifier", None)
-    return _path_of(model, model.get_output_embeddings() or classifier)
+    """The unembedding or classifier, if it reads one position's residual: DINOv2's also reads the patches' mean."""
+    head = model.get_output_embeddings() or getattr(model, "classifier", None)
+    if getattr(head, "in_features", None) not in (None, model.config.get_text_config().hidden_size):
+        return None
+    return _path_of(model, head)
 
 
-def _final_norm(model: Any, base: str, layout: AttentionLayout) -> str | None:
-    """None for a post-norm encoder, whose last block already norms."""
+def _final_norm(model: Any, base: str, around: str, layout: AttentionLayout) -> str | None:
+    """None for a post-norm encoder, whose last block already norms; DINOv2's stands around its encoder."""
     if layout.norm_place == "post":
         return None
-    found = _first_present(model, base, FINAL_NORMS)
+    found = _first_present(model, base, FINAL_NORMS) or _first_present(model, around, FINAL_NORMS)
     if found is None:
         raise CannotOpen(
             f"{type(model).__name__}: no final norm among {', '.join(FINAL_NORMS)} in {base or 'the model'}"
@@ -244,7 +250,9 @@ def _moe_facts(model: Any, config: Any, blocks: tuple[Block, ...]) -> tuple[int,
 
 def _position_path(model: Any, base: str, around: str, family: Family) -> str | None:
     if family == "vision":
-        return _path_or_none(model, _join(base, "embeddings"))
+        return _first_present(model, base, ("embeddings",)) or _path_or_none(
+            model, _join(around, "embeddings")
+        )
     return _first_present(model, base, POSITIONS) or _first_present(model, around, POSITIONS)
 
 
@@ -258,7 +266,7 @@ def _windows(config: Any, n_layers: int) -> tuple[int | None, ...]:
 
 def _context_length(config: Any, family: Family) -> int:
     if family == "vision":
-        return int((config.image_size // config.patch_size) ** 2 + 1)
+        return patch_grid(config).n_tokens
     return int(config.max_position_embeddings)
 
 

@@ -25,6 +25,8 @@ class AttentionLayout:
     norm_place: NormPlace = "pre"
     write: str = ""
     """What attention adds to the residual, if not the attention module's own output."""
+    mlp_write: str = ""
+    """The same for the MLP."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,17 @@ ATTENTION = (
         "attention.v_proj",
         "attention.o_proj",
         norms=("layernorm_before", "layernorm_after"),
+    ),
+    # DINOv2: what a sublayer gives is scaled per dimension before it is added
+    AttentionLayout(
+        "attention",
+        "attention.q_proj",
+        "attention.k_proj",
+        "attention.v_proj",
+        "attention.o_proj",
+        norms=("norm1", "norm2"),
+        write="layer_scale1",
+        mlp_write="layer_scale2",
     ),
 )
 MLP = (

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from core.capture import capture
 from core.lazy import torch
 from core.models.anatomy import Anatomy
+from core.models.patch_grid import image_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +60,7 @@ def _seeded_inputs(model: Any, anatomy: Anatomy) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(SEED)
     config = model.config
     if anatomy.family == "vision":
-        shape = (1, config.num_channels, config.image_size, config.image_size)
+        shape = (1, config.num_channels, *image_size(config))
         pixels = torch.randn(shape, generator=generator)
         return {"pixel_values": pixels.to(model.device, model.dtype)}
     ids = torch.randint(anatomy.vocab_size, (1, POSITIONS), generator=generator)

@@ -80,8 +80,11 @@ def _check_embedding(model: Any, anatomy: Anatomy, trace: Trace) -> Iterator[Che
         assert anatomy.position_embedding is not None
         owner = model.get_submodule(anatomy.position_embedding)
         patches = module(trace.inputs["pixel_values"])
-        start = torch.cat([owner.cls_token, patches], 1)
+        distillation = [owner.distillation_token] if hasattr(owner, "distillation_token") else []
+        start = torch.cat([owner.cls_token, *distillation, patches], 1)
         start = start + owner.position_embeddings
+        if hasattr(owner, "register_tokens"):  # registers have no place of their own
+            start = torch.cat([start[:, :1], owner.register_tokens, start[:, 1:]], 1)
     else:
         ids = trace.inputs["input_ids"]
         start = module.weight[ids] * anatomy.embedding_scale

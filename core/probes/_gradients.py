@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.errors import CannotMeasure
 from core.lazy import torch
+from core.models.patch_grid import image_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +108,7 @@ def _few_positions(loaded: LoadedModel) -> tuple[Tensor, dict[str, Any]]:
     model = loaded.model
     if loaded.family == "vision":
         config = model.config
-        shape = (1, config.num_channels, config.image_size, config.image_size)
+        shape = (1, config.num_channels, *image_size(config))
         start = torch.full(shape, 0.5, dtype=model.dtype, device=model.device).requires_grad_()
         return start, {"pixel_values": start}
     ids = torch.arange(1, POSITIONS + 1, device=model.device)[None]

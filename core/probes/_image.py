@@ -13,54 +13,17 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from core.errors import BadInput, CannotMeasure, SlimscopeError
+from core.errors import BadInput
 from core.images.pictures import Picture, read_picture
-from core.images.pixels import image_size, patch_size, to_pixels
+from core.images.pixels import to_pixels
+from core.models.patch_grid import PatchGrid, patch_grid
 from core.types import Prompt
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from core.models.loaded import LoadedModel
 
 SHOWN_PIXELS = 224
 """A picture smaller than this is enlarged by a whole factor, without smoothing, before it is drawn."""
-
-
-@dataclass(frozen=True)
-class PatchGrid:
-    """How a vision model cuts its input: patches row by row, after the tokens that are no patch."""
-
-    rows: int
-    columns: int
-    patch_height: int
-    patch_width: int
-    """Pixels of the model's input."""
-    special: tuple[str, ...]
-    """Tokens before the patches: the class token, then a distillation token or registers where the model has them."""
-
-    @property
-    def n_patches(self) -> int:
-        """Patches of one picture."""
-        return self.rows * self.columns
-
-    @property
-    def n_tokens(self) -> int:
-        """Positions of the residual stream."""
-        return len(self.special) + self.n_patches
-
-    def patches(self, values_P: NDArray[Any]) -> NDArray[Any]:
-        """The patches' part of one value per position."""
-        return values_P[len(self.special) :]
-
-
-def patch_grid(config: Any) -> PatchGrid:
-    """The grid that a vision model's config says; a side that is no multiple of the patch loses its rest, as in the model."""
-    (height, width), (patch_height, patch_width) = image_size(config), patch_size(config)
-    distilled = ("[DIST]",) if config.model_type == "deit" else ()
-    registers = tuple(f"[REG{n}]" for n in range(1, getattr(config, "num_register_tokens", 0) + 1))
-    special = ("[CLS]", *distilled, *registers)
-    return PatchGrid(height // patch_height, width // patch_width, patch_height, patch_width, special)
 
 
 @dataclass(frozen=True)
@@ -139,20 +102,6 @@ def encode_image(loaded: LoadedModel, prompt: Prompt) -> EncodedImage:
         seen,
         (*picture.notes, *_resizing(picture, seen)),
     )
-
-
-def class_logits(loaded: LoadedModel, pixels_NCHW: Tensor) -> Tensor:
-    """Float32 class logits [N, classes]; raises ``CannotMeasure`` without a classifier, ``SlimscopeError`` if not finite."""
-    if loaded.anatomy.unembedding is None:
-        raise CannotMeasure(
-            f"{loaded.ref} has no classifier, so it names no classes; open an image classifier"
-        )
-    logits_NC: Tensor = loaded.model(pixel_values=pixels_NCHW).logits.float()
-    if not logits_NC.isfinite().all():
-        raise SlimscopeError(
-            "the class logits are not finite (NaN or infinity); open the model in float32, or check its weights"
-        )
-    return logits_NC
 
 
 def _resizing(picture: Picture, seen_HWC: NDArray[np.uint8]) -> tuple[str, ...]:

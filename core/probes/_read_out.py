@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from core.errors import BadInput, CannotMeasure, SlimscopeError
+from core.errors import BadInput, SlimscopeError
+from core.images.classes import refuse_without_classes
 from core.models.embed import embed
 from core.probes._relevance import Input, encode_any, read_weights
 from core.probes._targets import resolve_distractor, resolve_token
@@ -35,7 +36,7 @@ class ReadOut:
 
     def score(self, output: Any, target: str, distractor: str) -> Tensor:
         """The number, from what the model put out; also says in ``explained`` what it is."""
-        if self.loaded.anatomy.unembedding is None:
+        if self.loaded.family == "encoder" and self.loaded.anatomy.unembedding is None:
             return self._similarity(output.last_hidden_state[0], target, distractor)
         logits_V = output.logits[0] if self.loaded.family == "vision" else self._at_position(output.logits[0])
         logits_V = logits_V.float()
@@ -71,19 +72,15 @@ class ReadOut:
 
 def read_out(loaded: LoadedModel, prompt: Prompt, position: int) -> tuple[Input, ReadOut]:
     """Encode the prompt and find its read-out; raises ``BadInput`` for a prompt this model cannot take."""
-    headless = loaded.anatomy.unembedding is None
-    if headless and loaded.family == "vision":
-        raise CannotMeasure(
-            f"{loaded.ref} has no classifier, so it has no answer to explain; open an image classifier"
-        )
-    pair = headless and loaded.family == "encoder" and prompt.second is not None
+    if loaded.family == "vision":
+        refuse_without_classes(loaded)
+    pair = loaded.family == "encoder" and loaded.anatomy.unembedding is None and prompt.second is not None
     encoded = encode_any(loaded, Prompt(prompt.text) if pair else prompt)
     read_P, read_from = read_weights(loaded, encoded, position)
     other_D = None
     if pair:
         if not (prompt.second or "").strip():
             raise BadInput("the second text is empty; type it, or leave it out")
-        other_D = (
-            embed(loaded, [str(prompt.second)])[0].clone().to(loaded.model.device)
-        )  # clone: out of inference mode
+        inferred_D = embed(loaded, [str(prompt.second)])[0]
+        other_D = inferred_D.clone().to(loaded.model.device)  # autograd takes no tensor of inference mode
     return encoded, ReadOut(loaded, read_P, read_from, other_D)

@@ -145,13 +145,15 @@ def images(encoded: Input) -> dict[str, bytes]:
     return {"patches": encoded.png()} if isinstance(encoded, EncodedImage) else {}
 
 
-def notes(encoded: Input) -> tuple[str, ...]:
+def notes(loaded: LoadedModel, encoded: Input) -> tuple[str, ...]:
     """What a reader must know of the input."""
     if not isinstance(encoded, EncodedImage):
         return ()
     grid = encoded.grid
+    more = "This model's classifier also reads the mean of all patches; the map is of the class token's part only."
     return (
         *encoded.notes,
+        *((more,) if loaded.anatomy.unembedding is None else ()),
         f"The map shows the {grid.rows} × {grid.columns} patches; {', '.join(grid.special)} stand in the table only.",
     )
 

@@ -128,7 +128,7 @@ def attention_relevance(
         notes=(
             f"Explains {out.explained}, read from {out.read_from}. Weights are not negative and have no unit.",
             *(() if np.any(weight_P) else ("No attention weight raises this answer: every weight is 0.",)),
-            *_relevance.notes(encoded),
+            *_relevance.notes(loaded, encoded),
         ),
         images=_relevance.images(encoded),
     )

@@ -115,7 +115,7 @@ def attention_rollout(
         ),
         notes=(
             f"Read from {read_from}. Weights are positive and sum to 1 over all positions, special tokens included.",
-            *_relevance.notes(encoded),
+            *_relevance.notes(loaded, encoded),
         ),
         images=_relevance.images(encoded),
     )

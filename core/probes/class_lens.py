@@ -14,9 +14,10 @@ import pandas as pd
 from pydantic import Field
 
 from core.capture import capture_residual
+from core.images.classes import class_logits
 from core.lazy import torch
 from core.models.readout import unembed
-from core.probes._image import class_logits, encode_image
+from core.probes._image import encode_image
 from core.probes._provenance import provenance
 from core.probes._targets import named, resolve_token
 from core.probes._tokens import MAX_CELLS

@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from core.errors import BadInput
+from core.images.classes import class_logits
 from core.images.pictures import Picture
 from core.images.pixels import to_pixels
 from core.lazy import torch
+from core.models.patch_grid import PatchGrid
 from core.probes._batching import in_batches
-from core.probes._image import EncodedImage, PatchGrid, class_logits, encode_image
+from core.probes._image import EncodedImage, encode_image
 from core.probes._provenance import provenance
 from core.probes._targets import Token, resolve_distractor, resolve_token
 from core.registry import Example, Settings, method

@@ -153,7 +153,9 @@ def test_other_classes_and_numbers_that_are_none_are_refused(base: LoadedModel, 
     broken = open_model(ModelRef.parse("demo:vit"))
     with torch.no_grad():
         broken.model.classifier.bias[0] = torch.nan
-    with pytest.raises(CannotMeasure, match="not finite for digits:1347"):
+    with pytest.raises(
+        CannotMeasure, match="digits:1347 to digits:1362: demo:vit gives class logits that are not finite"
+    ):
         run(base, broken, images, Journal(), silent, _settings())
 
 

@@ -19,7 +19,19 @@ from core.models.anatomy_verify import verify_anatomy
 from core.models.open import open_model
 from core.models.readout import unembed
 from core.types import ModelRef
-from tests.tiny import D_FF, D_MODEL, DECODERS, FAMILIES, HEADS, LAYERS, MOE, VOCAB, tiny_folder, tiny_model
+from tests.tiny import (
+    D_FF,
+    D_MODEL,
+    DECODERS,
+    FAMILIES,
+    HEADS,
+    LAYERS,
+    MOE,
+    SPECIAL_VISION,
+    VOCAB,
+    tiny_folder,
+    tiny_model,
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,6 +89,26 @@ def test_facts_of_one_family_only() -> None:
     assert tiny_model("gpt2").anatomy.fusion == "concatenated"
     assert tiny_model("gpt_neox").anatomy.fusion == "per_head"
     assert tiny_model("bert").anatomy.unembedding is None
+
+
+@pytest.mark.parametrize("family", SPECIAL_VISION)
+def test_vision_models_with_further_special_tokens(family: str) -> None:
+    loaded = tiny_model(family)
+    gaps = verify_anatomy(copy.deepcopy(loaded.model).double(), loaded.anatomy)
+    assert max(gaps.values()) < 1e-9
+    assert loaded.family == "vision"
+    assert loaded.anatomy.context_length == {"deit": 3 * 4 + 2, "dinov2_registers": 2 * 2 + 5}[family]
+    reads_class_token_alone = family == "deit"
+    assert (loaded.anatomy.unembedding is not None) == reads_class_token_alone
+    assert ("lens at the last layer gives the logits" in gaps) == reads_class_token_alone
+
+
+def test_layer_scale_is_part_of_what_is_added() -> None:
+    loaded = tiny_model("dinov2_registers")
+    block = loaded.anatomy.blocks[0]
+    for changes in ({"attention_write": block.attention}, {"mlp_write": str(block.mlp)}):
+        with pytest.raises(AnatomyMismatch, match=r"norm reads|adds up"):
+            verify_anatomy(loaded.model, _first_block(**changes)(loaded.anatomy))
 
 
 def test_query_head_reads_its_group() -> None:

@@ -21,7 +21,7 @@ from core.probes.attention_relevance import (
 from core.types import ModelRef, Prompt, Result, silent
 from tests.colour_vit import colour_vit, painted
 from tests.references.slow_relevance import relevance_by_differences
-from tests.tiny import DECODERS, FAMILIES, tiny_folder, tiny_model
+from tests.tiny import DECODERS, FAMILIES, SPECIAL_VISION, tiny_folder, tiny_model
 
 TEXT = Prompt("one two three one two three")
 
@@ -75,10 +75,10 @@ def test_equals_finite_differences(target: str, tmp_path: Path) -> None:
     assert expected.max() > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *SPECIAL_VISION])
 def test_runs_on_every_family_and_leaves_the_model_as_it_was(family: str) -> None:
     loaded = tiny_model(family)
-    prompt = Prompt(image="digits:7") if family == "vit" else TEXT
+    prompt = Prompt(image="digits:7") if family in ("vit", *SPECIAL_VISION) else TEXT
     kernel = loaded.model.config._attn_implementation
     result = run(loaded, prompt)
     assert result.provenance.exactness_gap == pytest.approx(0, abs=1e-4)

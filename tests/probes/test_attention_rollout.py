@@ -16,13 +16,13 @@ from core.probes.attention_rollout import AttentionRolloutSettings, attention_ro
 from core.types import ModelRef, Prompt, Result, silent
 from tests.colour_vit import colour_vit, painted
 from tests.references.slow_relevance import patterns_of, rollout_by_hand
-from tests.tiny import FAMILIES, tiny_folder, tiny_model
+from tests.tiny import FAMILIES, SPECIAL_VISION, tiny_folder, tiny_model
 
 TEXT = Prompt("one two three one two three")
 
 
 def prompt_for(family: str) -> Prompt:
-    return Prompt(image="digits:7") if family == "vit" else TEXT
+    return Prompt(image="digits:7") if family in ("vit", *SPECIAL_VISION) else TEXT
 
 
 def run(loaded: LoadedModel, prompt: Prompt, **settings: float) -> Result:
@@ -33,7 +33,7 @@ def weights(result: Result) -> np.ndarray:
     return result.frame.sort_values("position")["weight"].to_numpy()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *SPECIAL_VISION])
 @pytest.mark.parametrize("share", [0.5, 0.2])
 def test_equals_the_sum_over_paths(family: str, share: float) -> None:
     loaded = tiny_model(family)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.errors import BadInput
+from core.errors import BadInput, CannotMeasure
 from core.probes._image import encode_image
 from core.probes.class_lens import ClassLensSettings, class_lens
 from core.types import Prompt, silent
@@ -64,3 +64,8 @@ def test_text_and_unknown_classes_are_refused() -> None:
         class_lens(tiny_model("vit"), Prompt("a text"), silent, ClassLensSettings())
     with pytest.raises(BadInput, match="no class of this model"):
         class_lens(tiny_model("vit"), DIGIT, silent, ClassLensSettings(target="cat"))
+
+
+def test_a_classifier_that_reads_more_than_the_class_token_has_no_lens() -> None:
+    with pytest.raises(CannotMeasure, match="no unembedding"):
+        class_lens(tiny_model("dinov2_registers"), DIGIT, silent, ClassLensSettings())

@@ -17,7 +17,8 @@ from core.images.digits import HELD_OUT, N_ROWS, digit
 from core.images.pictures import read_picture
 from core.models.loaded import LoadedModel
 from core.models.open import open_model
-from core.probes._image import encode_image, patch_grid
+from core.models.patch_grid import patch_grid
+from core.probes._image import encode_image
 from core.registry import methods
 from core.types import ModelRef, Prompt, silent
 from tests.tiny import tiny_folder, tiny_model

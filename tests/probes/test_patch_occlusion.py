@@ -7,17 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from core.errors import BadInput, Cancelled, CannotMeasure
 from core.models.loaded import LoadedModel
 from core.models.open import open_model
+from core.models.patch_grid import patch_grid
 from core.probes import patch_occlusion as module
-from core.probes._image import encode_image, patch_grid
+from core.probes._image import encode_image
 from core.probes.patch_occlusion import PatchOcclusionSettings, patch_occlusion, windows
 from core.types import ModelRef, Prompt, Result, silent
 from tests.colour_vit import colour_vit, painted
 from tests.references.slow_relevance import occlusion_by_hand
-from tests.tiny import tiny_folder, tiny_model
+from tests.tiny import SPECIAL_VISION, tiny_folder, tiny_model
 
 DIGIT = Prompt(image="digits:7")
 
@@ -134,13 +136,16 @@ def test_bad_settings_are_refused(settings: dict[str, object], words: str) -> No
 
 def test_a_model_without_classifier_is_refused(tmp_path: Path) -> None:
     folder = tiny_folder("vit", tmp_path)
+    transformers.ViTModel.from_pretrained(folder, add_pooling_layer=True).save_pretrained(folder)
     loaded = open_model(ModelRef(str(folder)))
-    headless = type(loaded)(**{**vars(loaded), "anatomy": _without_head(loaded)})
-    with pytest.raises(CannotMeasure, match="no classifier"):
-        run(headless)
+    with pytest.raises(CannotMeasure, match="names no classes"):
+        run(loaded)
 
 
-def _without_head(loaded: LoadedModel) -> object:
-    from dataclasses import replace
-
-    return replace(loaded.anatomy, unembedding=None)
+@pytest.mark.parametrize("family", SPECIAL_VISION)
+def test_special_tokens_and_oblong_pictures_do_not_shift_the_map(family: str) -> None:
+    loaded = tiny_model(family)
+    pixels = encode_image(loaded, DIGIT).inputs["pixel_values"]
+    patch = patch_grid(loaded.model.config).patch_height
+    by_hand = occlusion_by_hand(loaded, pixels, pixels.mean().expand_as(pixels[0]), target=4, patch=patch)
+    assert weights(run(loaded, target="4")) == pytest.approx(by_hand, abs=2e-5)
