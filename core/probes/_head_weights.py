@@ -69,7 +69,7 @@ def token_interaction(model: Any, anatomy: Anatomy) -> Tensor:
     total_DD = total_DD.to(unembedding_DV.dtype)
     centred = _is_layer_norm(model.get_submodule(anatomy.blocks[0].attention_norm))
     for first in range(0, len(embedding_VD), _ROWS):
-        rows_RD = _wide(embedding_VD[first : first + _ROWS])
+        rows_RD = at_least_float32(embedding_VD[first : first + _ROWS])
         if centred:
             rows_RD = _centred(rows_RD)
         rows_RD = rows_RD / rows_RD.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
@@ -84,7 +84,7 @@ _ROWS = 8192
 def read_through(model: Any, anatomy: Anatomy, norm: str, directions_XD: Tensor) -> Tensor:
     """Directions [..., D] that meet a normed stream, as directions that meet the stream itself, but for 1 / σ."""
     module = model.get_submodule(norm)
-    scaled_XD = directions_XD * (_wide(module.weight) + anatomy.norm_offset)
+    scaled_XD = directions_XD * (at_least_float32(module.weight) + anatomy.norm_offset)
     return _centred(scaled_XD) if _is_layer_norm(module) else scaled_XD
 
 
@@ -92,17 +92,17 @@ def write_through(model: Any, anatomy: Anatomy, norm: str, rows_XD: Tensor) -> T
     """Rows [..., D] that pass a norm on their way to the stream, but for 1 / σ."""
     module = model.get_submodule(norm)
     rows_XD = _centred(rows_XD) if _is_layer_norm(module) else rows_XD
-    return rows_XD * (_wide(module.weight) + anatomy.norm_offset)
+    return rows_XD * (at_least_float32(module.weight) + anatomy.norm_offset)
 
 
 def dense_weight(linear: Any) -> Tensor:
     """A projection's weight as [in, out] numbers, at least float32; a packed one answers for the unit vectors."""
     weight = linear.weight
     if type(weight).__name__ == "Parameter" and weight.is_floating_point():
-        return _wide(input_first(linear))
+        return at_least_float32(input_first(linear))
     unit_II = torch.eye(linear.in_features, device=weight.device, dtype=torch.float32)
     answer_IO: Tensor = linear(unit_II)
-    return _wide(answer_IO if linear.bias is None else answer_IO - linear.bias)
+    return at_least_float32(answer_IO if linear.bias is None else answer_IO - linear.bias)
 
 
 def eigenvalues(matrix_HKK: Tensor) -> Tensor:
@@ -126,8 +126,8 @@ def _is_layer_norm(module: Any) -> bool:
     return isinstance(module, torch.nn.LayerNorm)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """At least float32."""
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Widen half precision; float64 stays."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

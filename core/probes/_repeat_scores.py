@@ -18,6 +18,7 @@ from core.models.anatomy_verify import eager_attention
 from core.probes._batching import in_batches
 from core.probes._distribution import reader, rows_at_once
 from core.probes._head_scores import PatternScorer
+from core.probes._head_weights import at_least_float32
 from core.probes._repeats import Repeats
 from core.types import Progress
 
@@ -68,7 +69,9 @@ def measure(loaded: LoadedModel, repeats: Repeats, progress: Progress) -> Measur
         found: defaultdict[str, list[Floats]] = defaultdict(list)
 
         def reduce(path: str, pattern_BHPP: Tensor) -> None:
-            scores = scorer.score(pattern_BHPP.flatten(0, 1).float(), window=anatomy.windows[layer_of[path]])
+            scores = scorer.score(
+                at_least_float32(pattern_BHPP.flatten(0, 1)), window=anatomy.windows[layer_of[path]]
+            )
             for column, name in FROM_PATTERNS.items():
                 found[column].append(scores[name].view(stop - first, -1).double().cpu().numpy())
 

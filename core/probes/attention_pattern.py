@@ -22,6 +22,7 @@ from core.models.anatomy_verify import eager_attention
 from core.models.fp32_path import fast_fp32
 from core.models.weights import output_weight, split_heads, to_query_heads
 from core.probes._head_scores import PAIR_SCORES, PatternScorer, check_head, value_norms
+from core.probes._head_weights import at_least_float32
 from core.probes._provenance import provenance
 from core.probes._tokens import Encoded, encode
 from core.registry import Example, Settings, method
@@ -152,9 +153,9 @@ def _look(loaded: LoadedModel, encoded: Encoded, settings: AttentionPatternSetti
 
     def see_pattern(path: str, pattern_BHQK: Tensor) -> None:
         block = of_pattern[path]
-        pattern_HQK = pattern_BHQK[0].float()
+        pattern_HQK = at_least_float32(pattern_BHQK[0])
         assert seen.norms_HK is not None
-        norms_HK = seen.norms_HK.float()
+        norms_HK = seen.norms_HK.to(pattern_HQK.dtype)
         scores = seen.scorer.score(pattern_HQK, window=anatomy.windows[block.index], norms_HK=norms_HK)
         columns = {name: values.cpu().numpy() for name, values in scores.items()}
         seen.scores[block.index] = pd.DataFrame(
@@ -222,7 +223,8 @@ def _binned(map_QK: np.ndarray, edges: np.ndarray) -> np.ndarray:
 def _shares(moved_QK: np.ndarray) -> np.ndarray:
     """Each row as shares of its sum; a head that moves nothing keeps zeros."""
     total_Q1 = moved_QK.sum(-1, keepdims=True)
-    return np.divide(moved_QK, total_Q1, out=np.zeros_like(moved_QK), where=total_Q1 > 0)
+    shares_QK: np.ndarray = np.divide(moved_QK, total_Q1, out=np.zeros_like(moved_QK), where=total_Q1 > 0)
+    return shares_QK
 
 
 def _source_frame(map_QK: np.ndarray, moved_QK: np.ndarray, encoded: Encoded, n_sources: int) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,14 +14,15 @@ from core.capture import capture
 from core.errors import BadInput
 from core.models.anatomy import Anatomy
 from core.models.anatomy_verify import eager_attention
+from core.models.open import open_model
 from core.probes import attention_pattern as module
 from core.probes._head_scores import PatternScorer
 from core.probes.attention_pattern import AttentionPatternSettings, attention_pattern
-from core.types import Prompt, silent
+from core.types import ModelRef, Prompt, silent
 from tests.induction import induction_model, repeated_prompt
 from tests.references.slow_heads import value_norms_by_hand
 from tests.references.slow_probes import head_scores_by_hand
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, tiny_folder, tiny_model
 
 PROMPT = Prompt(
     "John gave Mary a drink, and John gave Mary a transformer that reads one two three four tokens"
@@ -171,3 +173,20 @@ def test_every_frame_stays_small_enough_for_a_browser() -> None:
     result = attention_pattern(loaded, text, silent, AttentionPatternSettings(sources=4))
     assert all(len(frame) <= 10_000 for frame in result.frames.values())
     assert result.frames["pattern"].groupby("query")["weighted_share"].sum().to_numpy() == pytest.approx(1)
+
+
+def test_float64_patterns_and_sums_of_heads_are_exact(tmp_path: Path) -> None:
+    """GPT-2's softmax keeps float64; most families round it to float32 on purpose."""
+    loaded = open_model(ModelRef(str(tiny_folder("gpt2", tmp_path))))
+    loaded.model.double()
+    result = attention_pattern(loaded, PROMPT, silent, AttentionPatternSettings(layer=2))
+    assert result.provenance.exactness_gap == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs_and_says_how_exact_it_is(dtype: torch.dtype, tmp_path: Path) -> None:
+    loaded = open_model(ModelRef(str(tiny_folder("llama", tmp_path))))
+    loaded.model.to(dtype)
+    result = attention_pattern(loaded, PROMPT, silent, AttentionPatternSettings(layer=1))
+    assert 0 < result.provenance.exactness_gap < 0.05
+    assert not result.frames["pattern"].isna().any().any()
