@@ -23,6 +23,7 @@ from core.probes._norm_fold import FrozenNorm, freeze
 from core.probes._provenance import provenance
 from core.probes._tokens import Encoded, encode, token_texts
 from core.registry import Example, Settings, method
+from core.train._feature_tables import marked
 from core.train._sparse_code import METHOD, SparseCode, feature_direction
 from core.train._trained import Learned, load
 from core.types import Cost, Metric, Progress, Prompt, Result, View
@@ -252,11 +253,12 @@ class _Seen:
         return found
 
     def strongest(self, learned: Learned, settings: SaeFeaturesSettings) -> list[int]:
-        """Features active here and not too dense, the strongest first."""
+        """Features active here that are not too dense and were met in training, the strongest first."""
         density = learned.tables["features"].set_index("feature")["density"]
         ids, values = self.features_PK.ravel(), self.values_PK.ravel()
         best = pd.Series(values).groupby(ids).max()
-        best = best[(best > 0) & (density.reindex(best.index) <= settings.max_density)]
+        known = density.reindex(best.index)
+        best = best[(best > 0) & (known > 0) & (known <= settings.max_density)]
         if best.empty:
             raise BadInput(
                 f"no feature with a density of at most {settings.max_density} is active here; raise max_density"
@@ -303,7 +305,7 @@ def _feature_table(seen: _Seen, learned: Learned, shown: list[int], pushes: pd.D
             "density": facts["density"].to_numpy(),
             "promotes": [sides[feature, "promoted"] for feature in shown],
             "suppresses": [sides[feature, "suppressed"] for feature in shown],
-            "snippet": [_marked(*place) for place in zip(first["tokens"], first["peak"], strict=True)],
+            "snippet": [marked(*place) for place in zip(first["tokens"], first["peak"], strict=True)],
         }
     )
 
@@ -344,7 +346,7 @@ def _pushes(
 def _snippets(learned: Learned, feature: int) -> pd.DataFrame:
     table = learned.tables["snippets"]
     rows = table[table["feature"] == feature]
-    lines = [_marked(*place) for place in zip(rows["tokens"], rows["peak"], strict=True)]
+    lines = [marked(*place) for place in zip(rows["tokens"], rows["peak"], strict=True)]
     return rows[["rank", "document", "activation"]].assign(snippet=lines).reset_index(drop=True)
 
 
@@ -363,11 +365,6 @@ def _snippet_tokens(learned: Learned, feature: int) -> pd.DataFrame:
         for row in table[table["feature"] == feature].to_dict("records")
     ]
     return pd.concat(parts, ignore_index=True)
-
-
-def _marked(tokens: list[str], peak: int) -> str:
-    """A snippet as one line, its strongest token in ⟦ ⟧."""
-    return "".join([*tokens[:peak], f"⟦{tokens[peak]}⟧", *tokens[peak + 1 :]])
 
 
 def _notes(

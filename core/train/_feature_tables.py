@@ -5,6 +5,7 @@ Legend: N rows (readable positions of all windows, in order), K active features 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -110,3 +111,8 @@ def _strongest(codes: Codes) -> list[tuple[int, list[int]]]:
             rows.setdefault(int(codes.window_N[row]), row)
         found.append((int(ids_M[group[0]]), list(rows.values())[:SNIPPETS]))
     return found
+
+
+def marked(tokens: Sequence[str], peak: int) -> str:
+    """A snippet as one line, its strongest token in ⟦ ⟧."""
+    return "".join([*tokens[:peak], f"⟦{tokens[peak]}⟧", *tokens[peak + 1 :]])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from core.train._feature_tables import marked
 from core.types import Documents, Metric, Provenance, Result, View
 
 if TYPE_CHECKING:
@@ -78,16 +79,11 @@ def report(
 def _strongest(features: pd.DataFrame, snippets: pd.DataFrame) -> pd.DataFrame:
     """Features that are not always on, the strongest first, each with the text where it is strongest."""
     first = snippets[snippets["rank"] == 1]
-    lines = [_marked(*place) for place in zip(first["tokens"], first["peak"], strict=True)]
+    lines = [marked(*place) for place in zip(first["tokens"], first["peak"], strict=True)]
     first = first.assign(snippet=lines)
     named = features[features["density"].between(1e-12, ALWAYS_ON)]
     table = named.nlargest(SHOWN, "max_activation").merge(first[["feature", "snippet"]], on="feature")
     return table.reset_index(drop=True)
-
-
-def _marked(tokens: Sequence[str], peak: int) -> str:
-    """A snippet as one line, its strongest token in ⟦ ⟧."""
-    return "".join([*tokens[:peak], f"⟦{tokens[peak]}⟧", *tokens[peak + 1 :]])
 
 
 def _densities(features: pd.DataFrame) -> pd.DataFrame:

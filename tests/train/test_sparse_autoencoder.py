@@ -77,7 +77,7 @@ def test_the_auxiliary_loss_moves_dead_features_only_towards_the_error():
     pre = torch.full((4, WIDTH), -1.0)
     pre[:, 5], pre[:, 6], pre[:, 0] = 2.0, 0.0, 9.0
     pre.requires_grad_()
-    assert float(_auxiliary(pre, 2 * directions[5].expand(4, -1), dead, decoder)) == pytest.approx(
+    assert float(_auxiliary(pre.detach(), 2 * directions[5].expand(4, -1), dead, decoder)) == pytest.approx(
         0, abs=1e-6
     )
     loss = _auxiliary(pre, 2 * directions[6].expand(4, -1), dead, decoder)
