@@ -86,11 +86,11 @@ def mean_difference(
         layer,
         vector_D.to(loaded.device),
         f"mean of {n} positive − mean of {len(both) - n} negative prompts",
-        _separation(both, residual_ND, n),
+        separation(both, residual_ND, n),
     )
 
 
-def _separation(texts: list[str], residual_ND: Tensor, n: int) -> pd.DataFrame:
+def separation(texts: list[str], residual_ND: Tensor, n: int) -> pd.DataFrame:
     """Where each prompt lies between the two means made without it: above 0 is the positive side.
 
     Its counterpart in the other list is left out with it: the pair would otherwise pull the means apart by what only

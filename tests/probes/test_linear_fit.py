@@ -42,6 +42,9 @@ def test_no_step_from_the_solution_lowers_the_loss(classifier, classes, d):
     weight, bias = found.weight_TDC[0], found.bias_TC[0]
     best = slow_loss(x_ND, y_N, weight, bias, l2=2.0, classifier=classifier)
     assert found.gradient < 1e-6
+    for factor in (0.99, 1.01):  # a penalty too weak or too strong shows here first
+        kept = bias + (1 - factor) * x_ND.mean(0) @ weight  # so that the scores' centre stays
+        assert slow_loss(x_ND, y_N, factor * weight, kept, l2=2.0, classifier=classifier) > best - 1e-12
     scale = x_ND.std(0, correction=0)[:, None]
     for size in (1e-1, 1e-3):
         for _ in range(5):
@@ -86,8 +89,8 @@ def test_targets_fitted_together_are_those_fitted_alone():
 def test_labels_of_a_direction_are_read_and_shuffled_ones_are_not(classifier):
     """Identity 16: labels sign(w · h) give accuracy 1, shuffled ones chance ± 3 σ."""
     generator = np.random.default_rng(1)
-    x_ND = torch.from_numpy(generator.normal(size=(400, 16)))
-    x_ND[:, 0] += torch.where(x_ND[:, 0] > 0, 1.0, -1.0)
+    x_ND = torch.from_numpy(generator.normal(size=(400, 64)))
+    x_ND[:, 0] += torch.where(x_ND[:, 0] > 0, 8.0, -8.0)
     y_N = (x_ND[:, 0] > 0).long().numpy()
     groups = [str(row % 40) for row in range(400)]
     fold_N = unseen_groups(groups, y_N, folds=5, generator=generator)
