@@ -9,7 +9,22 @@ import math
 from datetime import UTC, datetime
 
 NONE = "–"
-_ACRONYMS = {"kl": "KL", "kv": "KV", "moe": "MoE", "mlp": "MLP", "sqnr": "SQNR", "p": "probability"}
+_ACRONYMS = {
+    "kl": "KL",
+    "kv": "KV",
+    "moe": "MoE",
+    "mlp": "MLP",
+    "sqnr": "SQNR",
+    "p": "probability",
+    "bos": "BOS",
+    "ov": "OV",
+    "qk": "QK",
+    "cls": "CLS",
+    "pca": "PCA",
+    "sae": "SAE",
+    "fvu": "FVU",
+    "ce": "CE",
+}
 _UNITS = {"nats": "nats", "bits": "bits", "ms": "ms", "bytes": "bytes", "db": "dB"}
 _COUNTED = ("", "count", "tokens", "layers", "positions", "cells", "heads", "experts", "documents")
 _DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))

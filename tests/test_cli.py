@@ -77,6 +77,42 @@ def test_probe_prints_frames_and_metrics(ask, model):
     assert result["frames"]["main"]
 
 
+def test_a_dry_run_tells_the_cost_and_computes_nothing(ask, model):
+    told = ask("probe", "logit_lens", "--model", model, "--text", "one two three", "--dry-run")
+    assert told["forwards"] >= 1
+    assert told["seconds"] > 0
+    assert told["n_tokens"] >= 3
+    assert "frames" not in told
+
+
+def test_probe_takes_a_pair_and_an_image(ask, tmp_path):
+    encoder, vision = (str(tiny_folder(name, tmp_path / name)) for name in ("bert", "vit"))
+    pair = ask("probe", "residual_norms", "--model", encoder, "--text", "one two", "--second", "three")
+    alone = ask("probe", "residual_norms", "--model", encoder, "--text", "one two")
+    assert len(pair["frames"]["main"]) > len(alone["frames"]["main"])
+    seen = ask("probe", "attention_rollout", "--model", vision, "--image", "digits:3")
+    assert all(seen["frames"].values())
+    assert all(picture.startswith("iVBOR") for picture in seen["images"].values()), "PNG in base64"
+
+
+def test_training_ends_in_an_artifact_that_is_found_again(ask, home, tmp_path):
+    from core.catalog.queries import trained
+    from core.catalog.results import result_of
+    from core.catalog.store import Catalog
+
+    model = str(tiny_folder("llama", tmp_path / "llama"))
+    small = ("max_tokens=2000", "positions=64", "held_out_positions=32", "epochs=1")
+    run = ask("train", "tuned_lens", "--model", model, *(part for s in small for part in ("--set", s)))
+    assert run["kind"] == "train"
+    catalog = Catalog()
+    artifact = run["conditions"]["artifact"]
+    assert (catalog.artifact_folder(artifact) / "weights.safetensors").is_file()
+    base = catalog.variant(run["variant_id"]).base_id
+    assert [found.conditions["artifact"] for found in trained(catalog, base)] == [artifact]
+    assert run["conditions"]["facts"]["method"] == "tuned_lens"
+    assert result_of(catalog, run["id"]).frames
+
+
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("recipe") / "recipe.json"
@@ -151,6 +187,7 @@ def test_doctor_finds_no_problem_here(ask):
         (("probe", "logit_lense", "--model", "demo:smollm2"), "logit_lens"),
         (("probe", "logit_lens", "--model", "demo:smollm2", "--set", "top_k=0"), "top_k"),
         (("probe", "logit_lens", "--model", "demo:smollm2", "--set", "topk"), "--set key=value"),
+        (("train", "tuned_lense", "--model", "demo:smollm2"), "tuned_lens"),
         (("compress", "rtn", "--model", "demo:smollm2", "--set", "bits=5"), "bits"),
         (("run", "none.json", "--model", "demo:smollm2"), "none.json"),
         (("compare", "--base", "nobody"), "no base 'nobody'"),

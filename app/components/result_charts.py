@@ -37,11 +37,13 @@ def _one(cells: Cells, view: View, key: str, look: Look) -> None:
         card_head(view.title, frame, None, key=key)
         result_table(frame, view, key=key, on_row=on_row)
         return
+    head = st.container()
     if view.kind == "scatter" and not look.narrow:
         view = _with_chosen_axes(frame, view, key)
     limits = {column: ends for (name, column), ends in look.limits.items() if name == view.frame}
     drawn = chart(thinned(frame), view, limits=limits)
-    card_head(view.title, frame, drawn, key=key)
+    with head:
+        card_head(view.title, frame, drawn, key=key)
     if on_row is None or view.kind not in CLICKABLE:
         st.altair_chart(drawn, key=f"{key}_chart", alt=view.title)
         return
