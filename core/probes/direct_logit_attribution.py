@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from core.models.loaded import LoadedModel
 
 
+ROUNDED = 1e-3
+"""A gap above this share of the logit is said aloud."""
+
+
 class DirectLogitAttributionSettings(Settings):
     """Which logit to split, and how finely."""
 
@@ -280,5 +284,11 @@ def _notes(
         notes.append(
             f"This model caps its logits at ±{loaded.anatomy.logit_softcap:g} by a tanh, which has no parts: "
             f"the logit before the cap is split; after it the target's is {float(parts.logits_V[target.id]):.4f}."
+        )
+    gap = abs(split.total - split.logit)
+    if gap > ROUNDED * max(1.0, abs(split.logit)):
+        notes.append(
+            f"The parts miss the model's logit by {gap:.2g}: {loaded.dtype} rounds every addition to the stream; "
+            "open the model in float32 for parts that add up."
         )
     return (*notes, *spelling_note(loaded, target, parts.logits_V))

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from core.errors import BadInput
+from core.errors import BadInput, CannotMeasure
 from core.lazy import torch
 from core.probes._gradients import require_gradients
 from core.probes._input_game import (
@@ -83,12 +83,26 @@ class IntegratedGradientsSettings(InputSettings):
     answers="Why this token?",
     examples=(
         Example(
-            "France rather than England",
-            Prompt("The capital of France is"),
-            {"target": " Paris", "distractor": " London", "corrupted": "The capital of England is"},
+            "Indirect object: which names decide?",
+            Prompt("When Mary and John went to the store, John gave a drink to"),
+            {
+                "target": " Mary",
+                "distractor": " John",
+                "corrupted": "When Sarah and Tom went to the park, Tom sent a letter to",
+            },
         ),
         Example(
-            "From zeros: never converges, and is flagged",
+            "Late layers: the fact has moved to the last word",
+            Prompt("The capital of France is"),
+            {
+                "target": " Paris",
+                "distractor": " London",
+                "corrupted": "The capital of England is",
+                "start_layer": 28,
+            },
+        ),
+        Example(
+            "From zeros: does not converge, and says so",
             Prompt("The capital of France is"),
             {
                 "target": " Paris",
@@ -118,6 +132,11 @@ def integrated_gradients(
         raise BadInput(
             f"start_layer {settings.start_layer} does not exist: {loaded.ref} has {loaded.anatomy.n_layers} layers, "
             f"from 0 to {loaded.anatomy.n_layers - 1}"
+        )
+    if loaded.dtype not in ("float32", "float64"):
+        raise CannotMeasure(
+            f"a path has finer steps than {loaded.dtype} can tell apart, so its integral would be rounding; "
+            "open the model in float32, or use occlusion or Shapley values"
         )
     with loaded.lock:
         require_gradients(loaded)

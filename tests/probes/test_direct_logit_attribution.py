@@ -147,6 +147,14 @@ def test_a_compressed_variant_is_split_as_exactly(tmp_path: Path) -> None:
     assert run(loaded).provenance.exactness_gap < 1e-5
 
 
+def test_bfloat16_is_split_too_and_says_what_it_misses(tmp_path: Path) -> None:
+    loaded = own_model("llama", tmp_path)
+    loaded.model.bfloat16()
+    result = run(loaded)
+    assert 1e-3 < result.provenance.exactness_gap < 0.1
+    assert any("bfloat16 rounds every addition" in note for note in result.notes)
+
+
 def test_chunks_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = contributions(run(tiny_model("llama")))
     monkeypatch.setattr("core.probes._norm_fold.CHUNK_ELEMENTS", 1000)

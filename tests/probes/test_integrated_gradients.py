@@ -220,6 +220,14 @@ def test_a_kernel_without_backward_is_refused() -> None:
     occlusion(loaded, PROMPT, silent, OcclusionSettings(quality_orders=0))
 
 
+def test_bfloat16_has_no_path() -> None:
+    loaded = tiny_model("llama")
+    rounded = dataclasses.replace(loaded, model=copy.deepcopy(loaded.model).bfloat16())
+    with pytest.raises(CannotMeasure, match="finer steps than bfloat16"):
+        run(rounded)
+    occlusion(rounded, PROMPT, silent, OcclusionSettings(quality_orders=0))
+
+
 def test_no_gradient_and_no_hook_is_left_behind() -> None:
     loaded = in_float64(tiny_model("gemma2"))
     run(loaded, start_layer=1, steps=8)
