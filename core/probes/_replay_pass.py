@@ -159,8 +159,8 @@ class ReplayPass:
         with intervene(model, changed, change):
             output = model.get_submodule(block.path)(
                 flat_ND[None],
-                *(_at_positions(value, positions_N) for value in args),
-                **{name: _at_positions(value, positions_N) for name, value in arguments.items()},
+                *(at_positions(value, positions_N) for value in args),
+                **{name: at_positions(value, positions_N) for name, value in arguments.items()},
             )
         flat_1ND: Tensor = output if torch.is_tensor(output) else output[0]
         return flat_1ND[0]
@@ -262,10 +262,10 @@ def entry(row: Row) -> int:
     return min(patch.layer for patch in row)
 
 
-def _at_positions(value: Any, positions: Tensor) -> Any:
+def at_positions(value: Any, positions: Tensor) -> Any:
     """One argument of a block for the flat tokens: rotary angles and position numbers are looked up, masks dropped."""
     if isinstance(value, tuple):
-        return tuple(_at_positions(item, positions) for item in value)
+        return tuple(at_positions(item, positions) for item in value)
     if not torch.is_tensor(value):
         return value
     if value.dim() == 4:

@@ -182,11 +182,11 @@ def test_a_cancelled_run_leaves_the_model_as_it_was():
 
 def planted(fault: str, monkeypatch) -> None:
     """Break the replay the way it would be written wrong."""
-    make = _replay_pass._at_positions
+    make = _replay_pass.at_positions
     attend = _replay_pass.ReplayPass.attend
     by_row = _replay_pass._by_row
     if fault == "positions off by one":
-        monkeypatch.setattr(_replay_pass, "_at_positions", lambda v, p: make(v, (p - 1).clamp(min=0)))
+        monkeypatch.setattr(_replay_pass, "at_positions", lambda v, p: make(v, (p - 1).clamp(min=0)))
     elif fault == "sliding window forgotten":
 
         def no_window(self, layer, kernel, module, q, k, v, mask, arguments):
