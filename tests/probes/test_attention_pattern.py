@@ -17,12 +17,13 @@ from core.models.anatomy_verify import eager_attention
 from core.models.open import open_model
 from core.probes import attention_pattern as module
 from core.probes._head_scores import PatternScorer
+from core.probes._kernel import attention_by
 from core.probes.attention_pattern import AttentionPatternSettings, attention_pattern
 from core.types import ModelRef, Prompt, silent
 from tests.induction import induction_model, repeated_prompt
 from tests.references.slow_heads import value_norms_by_hand
 from tests.references.slow_probes import head_scores_by_hand
-from tests.tiny import FAMILIES, tiny_folder, tiny_model
+from tests.tiny import DECODERS, FAMILIES, tiny_folder, tiny_model
 
 PROMPT = Prompt(
     "John gave Mary a drink, and John gave Mary a transformer that reads one two three four tokens"
@@ -190,3 +191,26 @@ def test_half_precision_runs_and_says_how_exact_it_is(dtype: torch.dtype, tmp_pa
     result = attention_pattern(loaded, PROMPT, silent, AttentionPatternSettings(layer=1))
     assert 0 < result.provenance.exactness_gap < 0.05
     assert not result.frames["pattern"].isna().any().any()
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_the_captured_pattern_is_the_one_used_and_editing_it_changes_the_output(family: str) -> None:
+    """Identity 5: put back, layer 1's pattern gives the model's logits; its rows reversed, other ones."""
+    loaded = tiny_model(family)
+    ids = torch.tensor([loaded.tokenizer(PROMPT.text)["input_ids"]])
+    path = loaded.anatomy.blocks[1].attention
+    with torch.inference_mode(), eager_attention(loaded.model), capture(loaded.model, [path], item=1) as maps:
+        plain = loaded.model(ids, use_cache=False).logits
+    groups = [loaded.anatomy.kv_head(head) for head in range(loaded.anatomy.n_heads)]
+
+    def with_pattern(pattern: torch.Tensor) -> torch.Tensor:
+        def stand_in(layer, kernel, module, q, k, v, mask, arguments):  # type: ignore[no-untyped-def]
+            if layer != 1:
+                return kernel(module, q, k, v, mask, **arguments)[0]
+            return (pattern @ v[:, groups]).transpose(1, 2).contiguous()
+
+        with torch.inference_mode(), attention_by(loaded, stand_in):
+            return loaded.model(ids, use_cache=False).logits
+
+    assert torch.allclose(with_pattern(maps[path]), plain, atol=1e-4)
+    assert (with_pattern(maps[path].flip(2)) - plain).abs().max() > 1e-2
