@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from core.models.loaded import LoadedModel
 
 Input = Encoded | EncodedImage
+_SINK = (
+    "In a decoder most heads rest on the first token, which so collects weight that says nothing of its content: compare "
+    "the other tokens, or use direct attribution, occlusion or patching."
+)
 Floats = NDArray[np.float64]
 READING_POINT = (
     "Position whose sources are shown; -1 takes the one the model answers from: the class token, "
@@ -148,7 +152,7 @@ def images(encoded: Input) -> dict[str, bytes]:
 def notes(loaded: LoadedModel, encoded: Input) -> tuple[str, ...]:
     """What a reader must know of the input."""
     if not isinstance(encoded, EncodedImage):
-        return ()
+        return (_SINK,) if loaded.family == "decoder" else ()
     grid = encoded.grid
     more = "This model's classifier also reads the mean of all patches; the map is of the class token's part only."
     return (

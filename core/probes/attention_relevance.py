@@ -71,7 +71,10 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: AttentionRelevanceSettings)
         Example(
             "Why a 5 where a 9 is written?", Prompt(image="digits:1580"), {"target": "5", "distractor": "9"}
         ),
-        Example("Which words answer Paris?", Prompt("The capital of France is")),
+        Example(
+            "Which words make two sentences alike?",
+            Prompt("A man is eating a plate of pasta.", "Someone has noodles for lunch."),
+        ),
     ),
     cost=_cost,
 )
