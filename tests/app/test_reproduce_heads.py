@@ -55,3 +55,24 @@ def test_the_script_gives_our_numbers(
     for _, row in ours.iterrows():
         expected = theirs[str(row["layer"]), str(row[component])]
         assert row[columns].tolist() == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.slow
+def test_the_head_reading_script_gives_our_numbers(tmp_path: Path) -> None:
+    from core.models.open import open_model
+    from core.types import ModelRef, silent
+    from tests.tiny import tiny_folder
+
+    folder, settings = tiny_folder("llama", tmp_path), {"layer": 1, "head": 2, "query": -2}
+    method = get("probe", "head_reading")
+    loaded = open_model(ModelRef(str(folder)))
+    ours = method.run(loaded, Prompt(TEXT), silent, method.parse(settings)).frames["sources"]
+    script = probe_script(method, "x", str(folder), Prompt(TEXT), method.parse(settings))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    theirs = {
+        int(line.split()[0]): [float(v) for v in line.split()[1:5]] for line in done.stdout.splitlines()
+    }
+    assert len(theirs) == len(ours)
+    for _, row in ours.iterrows():
+        expected = row[["weight", "promoted_logit", "own_logit", "own_rank"]].tolist()
+        assert theirs[row["source"]] == pytest.approx(expected, abs=2e-4)
