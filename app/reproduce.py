@@ -20,28 +20,42 @@ from core.types import Prompt
 SCRIPTS = Path(__file__).parent / "scripts"
 
 _OWN_ENGINE = '''"""{title}, through Slimscope's own engine."""
-from core.models.open import open_model
+from core.calling import run_probe
+from core.catalog.store import Catalog
+from core.loop import opened
 from core.registry import get
-from core.types import ModelRef, Prompt, silent
+from core.types import Prompt, silent
 
+catalog = Catalog()
 method = get("{kind}", "{id}")
 settings = method.parse({settings!r})
-result = method.run(open_model(ModelRef.parse({source!r})), {prompt!r}, silent, settings)
+model, reference = opened(catalog, {source!r}), {reference}
+result = run_probe(method, model, {prompt!r}, silent, settings, reference=reference)
 print(result.frame)
 '''
 
 
-def probe_command(method: Method, source: str, prompt: Prompt, settings: Settings) -> str:
+def probe_command(
+    method: Method, source: str, prompt: Prompt, settings: Settings, reference: str | None = None
+) -> str:
     """The ``slimscope probe`` line with the settings that differ from their defaults."""
     parts = ["slimscope", "probe", method.id, "--model", source]
     parts += ["--image", prompt.image] if prompt.image is not None else ["--text", prompt.text]
     parts += [] if prompt.second is None else ["--second", prompt.second]
+    parts += [] if reference is None else ["--reference", reference]
     for name, value in changed(settings).items():
         parts += ["--set", f"{name}={value}"]
     return shlex.join(parts)
 
 
-def probe_script(method: Method, source: str, folder: str, prompt: Prompt, settings: Settings) -> str:
+def probe_script(
+    method: Method,
+    source: str,
+    folder: str,
+    prompt: Prompt,
+    settings: Settings,
+    reference: str | None = None,
+) -> str:
     """The Python script; ``folder`` is where plain transformers finds the model: a hub id or a folder."""
     path = SCRIPTS / f"{method.id}.py"
     if not path.is_file():
@@ -52,6 +66,7 @@ def probe_script(method: Method, source: str, folder: str, prompt: Prompt, setti
             settings=changed(settings),
             source=source,
             prompt=prompt,
+            reference=None if reference is None else f"opened(catalog, {reference!r})",
         )
     constants = {"MODEL": folder, "TEXT": prompt.text, "SECOND": prompt.second, "IMAGE": prompt.image}
     constants |= {name.upper(): value for name, value in settings.model_dump(mode="json").items()}

@@ -8,11 +8,13 @@ from __future__ import annotations
 import streamlit as st
 
 from app import engine
+from app import format as fmt
 from app.components.prompt_box import fill
 from app.engine import Question
+from app.text import esc
 from core.errors import BadInput
 from core.registry import get
-from core.types import ModelRef, Prompt, Run
+from core.types import ModelRef, Prompt, Result, Run
 
 
 def take_up_run() -> Run | None:
@@ -58,6 +60,14 @@ def still(run: Run, question: Question) -> bool:
     if not same:
         forget()
     return same
+
+
+def reopened(run: Run) -> Result:
+    """The run's result, after saying where it comes from."""
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.caption(esc(f"Stored run {run.id}, computed {fmt.ago(run.ended_at)}"), width="stretch")
+        st.button("Ask anew", icon=":material/refresh:", type="tertiary", on_click=forget, key="forget")
+    return engine.result_of(run.id)
 
 
 def forget() -> None:

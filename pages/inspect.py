@@ -5,7 +5,6 @@ from __future__ import annotations
 import streamlit as st
 
 from app import engine, state, stored
-from app import format as fmt
 from app.components.artifact_picker import FIELD, artifact_picker
 from app.components.asking import answer, answer_of_other
 from app.components.compare_panel import compare_panel, compare_picker, reference_picker
@@ -70,8 +69,8 @@ with head:
         f"{probe.title} of {state.model_name(source)}",
         about=About.of(probe),
         reproduce=Reproduction(
-            probe_script(probe, source, card.folder, prompt, settings),
-            probe_command(probe, source, prompt, settings),
+            probe_script(probe, source, card.folder, prompt, settings, reference),
+            probe_command(probe, source, prompt, settings, reference),
         ),
     )
 
@@ -86,12 +85,7 @@ if probe.takes_reference and reference is None:
     st.stop()
 question = Question.of(source, probe, prompt, settings, reference)
 if run is not None and stored.still(run, question):
-    with st.container(horizontal=True, vertical_alignment="center"):
-        st.caption(esc(f"Stored run {run.id}, computed {fmt.ago(run.ended_at)}"), width="stretch")
-        st.button(
-            "Ask anew", icon=":material/refresh:", type="tertiary", on_click=stored.forget, key="forget"
-        )
-    result = engine.result_of(run.id)
+    result = stored.reopened(run)
 else:
     result = answer(question, probe, card, key="probe")
 second = None if other is None else answer_of_other(other, question, probe, settings)

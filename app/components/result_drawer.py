@@ -46,10 +46,19 @@ class Cells:
         found = frame[(frame[y].astype(str) == picked.row) & (frame[x].astype(str) == picked.col)]
         return (found[y].iloc[0], found[x].iloc[0]) if len(found) else None
 
+    def pick_column(self, group: Group, col_key: object) -> None:
+        """Pick a whole column's cell: in the row that is picked already, else in the last one."""
+        y, _ = axes_of(group)
+        now = self.picked(group)
+        self.pick(group, now[0] if now else self.result.frames[group[0].frame][y].max(), col_key)
+
     def on_row(self, view: View) -> RowPick | None:
-        """What a click on a row of a view's frame picks; None where rows are no cells of a map."""
-        target = self.arrangement.target(set(self.result.frames[view.frame].columns))
-        return None if target is None else RowPick(self, target)
+        """What a click on a row of a view's frame picks; None where rows are neither cells nor columns of a map."""
+        columns = set(self.result.frames[view.frame].columns)
+        target = self.arrangement.target(columns)
+        if target is None:
+            target = next((group for group in self.arrangement.cells if axes_of(group)[1] in columns), None)
+        return None if target is None else RowPick(self, target, columns)
 
     def chosen(self) -> tuple[Group, tuple[object, object]] | None:
         """The first map that has the picked cell, and the cell's keys."""
@@ -66,16 +75,20 @@ class RowPick:
 
     cells: Cells
     target: Group
+    known: set[str]
+    """Columns of the frame that rows come from."""
 
     @property
-    def columns(self) -> tuple[str, str]:
-        """The columns of a row that name the cell."""
-        return axes_of(self.target)
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a row that name the cell; one alone names a column of the map."""
+        return tuple(axis for axis in axes_of(self.target) if axis in self.known)
 
     def __call__(self, row: Mapping[str, Any] | pd.Series) -> None:
         """Pick the row's cell: open it in the drawer, or set the form where the map's axes are settings."""
-        y, x = self.columns
-        if self.target in self.cells.arrangement.choosing:
+        y, x = axes_of(self.target)
+        if y not in self.known:
+            self.cells.pick_column(self.target, row[x])
+        elif self.target in self.cells.arrangement.choosing:
             choose_settings(self.cells.result.provenance.method, {y: row[y], x: row[x]})
         else:
             self.cells.pick(self.target, row[y], row[x])

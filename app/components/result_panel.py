@@ -144,11 +144,8 @@ def tokens_card(cells: Cells, view: View, key: str, look: Look) -> None:
     chosen = next((i for i, at in enumerate(columns) if picked and str(at) == picked.col), None)
 
     def on_pick(index: int) -> None:
-        if follows is None or cells.arrangement.choosing:
-            return
-        now = cells.picked(follows)
-        row = now[0] if now else result.frames[follows[0].frame][follows[0].y].max()
-        cells.pick(follows, row, columns[index])
+        if follows is not None and not cells.arrangement.choosing:
+            cells.pick_column(follows, columns[index])
 
     with st.container(border=True):
         card_head(view.title, frame, chart(thinned(frame), view), key=key)

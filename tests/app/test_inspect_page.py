@@ -207,3 +207,29 @@ def test_a_probe_of_something_trained_offers_to_train_it(opened, tiny_llama, no_
     assert job.kind == "train"
     assert job.spec["model"] == str(tiny_llama)
     assert job.spec["documents"] == {"source": "pydoc"}
+
+
+def test_what_was_trained_is_found_and_used(opened, tiny_llama):
+    from core.bench import train_on
+
+    opened("inspect", model=str(tiny_llama), text=TEXT)  # makes the catalog
+    trainer = methods("train")["sparse_autoencoder"]
+    small = {
+        name: value
+        for name, value in {
+            "max_tokens": 3000,
+            "features": 64,
+            "layer": 1,
+            "k": 4,
+            "steps": 20,
+            "epochs": 1,
+        }.items()
+        if name in trainer.settings.model_fields
+    }
+    run = train_on(Catalog(), str(tiny_llama), trainer.id, settings=small)
+    app = opened("inspect", model=str(tiny_llama), probe="sae_features", text=TEXT)
+    assert app.session_state["sae_features_artifact"] == run.conditions["artifact"]
+    if "probe_now" in keys(app):
+        app.button(key="probe_now").click().run()
+    assert not app.exception
+    assert any("float32" in line for line in said(app)), said(app)

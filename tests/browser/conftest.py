@@ -69,6 +69,13 @@ def server(tmp_path_factory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    from tests.tiny import tiny_folder
+
+    return str(tiny_folder("llama", tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="session")
 def tradeoffs(server) -> str:
     """The address of Trade-offs on a base with twenty invented variants."""
     base = fill(Catalog(f"sqlite:///{server.home / 'catalog.sqlite'}"), 20)

@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.browser.waiting import inspect, ready
+
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(400)]
@@ -18,29 +20,6 @@ AXE = Path(__file__).parent / "vendor" / "axe.min.js"
 STREAMLITS_OWN = {"svg-img-alt", "empty-table-header", "presentation-role-conflict", "list", "listitem"}
 """axe rules that Streamlit itself breaks (measured on pages without anything of ours)."""
 HOSTILE = "<img src=x onerror=window.__owned=1> ![x](http://evil.example/x.png) :red[x] $x$"
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory) -> str:
-    from tests.tiny import tiny_folder
-
-    return str(tiny_folder("llama", tmp_path_factory.mktemp("tiny")))
-
-
-def ready(page) -> None:
-    """The script has run, the inspector has answered, and nothing went wrong."""
-    app = page.get_by_test_id("stApp")
-    expect(page.get_by_test_id("stProgress")).to_have_count(0, timeout=180_000)
-    expect(app).to_have_attribute("data-test-script-state", "notRunning", timeout=30_000)
-    expect(page.get_by_test_id("stSkeleton")).to_have_count(0, timeout=30_000)
-    expect(page.get_by_test_id("stException")).to_have_count(0)
-
-
-def inspect(page, server, model: str, **query: str) -> None:
-    from urllib.parse import urlencode
-
-    page.goto(f"{server.url}/inspect?{urlencode({'model': model, 'text': 'one two three one two', **query})}")
-    ready(page)
 
 
 def test_first_page_and_navigation(page, server):
