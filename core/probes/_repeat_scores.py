@@ -16,7 +16,7 @@ from core.capture import capture
 from core.lazy import torch
 from core.models.anatomy_verify import eager_attention
 from core.probes._batching import in_batches
-from core.probes._distribution import reader, rows_at_once
+from core.probes._distribution import batch_reader, describe, rows_at_once
 from core.probes._head_scores import PatternScorer
 from core.probes._head_weights import at_least_float32
 from core.probes._repeats import Repeats
@@ -94,15 +94,18 @@ def measure(loaded: LoadedModel, repeats: Repeats, progress: Progress) -> Measur
 
 def _nats(loaded: LoadedModel, residual_BPD: Tensor, ids_BP: Tensor) -> Floats:
     """Surprisal of every token but the first [B, P − 1]; logits exist for a few rows at a time."""
-    read = reader(loaded)
+    read = batch_reader(loaded)
     rows_RD = residual_BPD[:, :-1].flatten(0, 1)
     targets_R = ids_BP[:, 1:].flatten()
     step = rows_at_once(loaded.anatomy.vocab_size)
-    nats = [
-        torch.nn.functional.cross_entropy(
-            read(rows_RD[first : first + step]), targets_R[first : first + step], reduction="none"
-        )
+    log_p = [
+        describe(
+            read(rows_RD[first : first + step]),
+            targets_R[first : first + step],
+            top_k=1,
+            where=lambda row: "a random sequence",
+        ).log_p_target_R
         for first in range(0, len(rows_RD), step)
     ]
-    values: Floats = torch.cat(nats).view(len(ids_BP), -1).double().cpu().numpy()
+    values: Floats = -torch.cat(log_p).view(len(ids_BP), -1).double().cpu().numpy()
     return values
