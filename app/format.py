@@ -27,6 +27,7 @@ _ACRONYMS = {
 }
 _UNITS = {"nats": "nats", "bits": "bits", "ms": "ms", "bytes": "bytes", "db": "dB"}
 _COUNTED = ("", "count", "tokens", "layers", "positions", "cells", "heads", "experts", "documents")
+_SAID_BY_THE_NAME = ("share", "probability", "weight")
 _DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -73,6 +74,8 @@ def number(value: float | None, unit: str = "") -> str:
         return f"{significant(value)} %"
     if unit in _COUNTED and float(value).is_integer():
         return f"{value:,.0f}" + (f" {unit}" if unit not in ("", "count") else "")
+    if unit in _SAID_BY_THE_NAME:
+        return significant(value)
     return f"{significant(value)} {short_unit(unit)}".rstrip()
 
 

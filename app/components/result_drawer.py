@@ -36,6 +36,13 @@ class Cells:
         """Put a cell of a map into the address."""
         state.pick_cell(row_key, col_key, self.tag(group))
 
+    def keys_in(self, group: Group, row_key: object, col_key: object) -> tuple[object, object] | None:
+        """A map's own keys for a cell that another frame names, where 4 may be 4.0; None where it has no such cell."""
+        y, x = axes_of(group)
+        frame = self.result.frames[group[0].frame]
+        found = frame[(frame[y] == row_key) & (frame[x] == col_key)]
+        return (found[y].iloc[0], found[x].iloc[0]) if len(found) else None
+
     def picked(self, group: Group) -> tuple[object, object] | None:
         """The keys of the picked cell, if it is one of this map's (or picture's)."""
         picked = state.picked_cell()
@@ -88,10 +95,14 @@ class RowPick:
         y, x = axes_of(self.target)
         if y not in self.known:
             self.cells.pick_column(self.target, row[x])
-        elif self.target in self.cells.arrangement.choosing:
-            choose_settings(self.cells.result.provenance.method, {y: row[y], x: row[x]})
+            return
+        keys = self.cells.keys_in(self.target, row[y], row[x])
+        if keys is None:  # a row about something else, such as an MLP in a ranking of heads and MLPs
+            return
+        if self.target in self.cells.arrangement.choosing:
+            choose_settings(self.cells.result.provenance.method, dict(zip((y, x), keys, strict=True)))
         else:
-            self.cells.pick(self.target, row[y], row[x])
+            self.cells.pick(self.target, *keys)
 
 
 def choose_settings(method: str, values: Mapping[str, Any]) -> None:
