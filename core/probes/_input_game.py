@@ -110,11 +110,11 @@ class Game:
         return "nats" if self.metric == "log_probability" and self.distractor is None else "logits"
 
     def read(self, logits_BV: Tensor) -> Tensor:
-        """f from logits, in float64 where they are; differentiable."""
-        target_B = logits_BV[..., self.target.id]
+        """f from logits, in float64; differentiable. Only what is read is widened: the vocabulary is the bill."""
+        target_B = logits_BV[..., self.target.id].double()
         if self.distractor is not None:
-            return target_B - logits_BV[..., self.distractor.id]
-        return target_B if self.metric == "logit" else target_B - logits_BV.logsumexp(-1)
+            return target_B - logits_BV[..., self.distractor.id].double()
+        return target_B if self.metric == "logit" else target_B - logits_BV.double().logsumexp(-1)
 
     def values(self, coalitions_BN: np.ndarray, progress: Progress = silent) -> np.ndarray:
         """f of each coalition (rows of booleans: who is present), float64 [B]. Hold the model's lock."""
@@ -136,7 +136,7 @@ class Game:
 
     def value_of_all(self) -> float:
         """f of the whole prompt, straight from the model's own answer."""
-        return float(self.read(self.logits_V.double()))
+        return float(self.read(self.logits_V))
 
     def ends(self) -> tuple[float, float]:
         """f(everything), f(nothing), both by way of coalitions."""
@@ -181,7 +181,7 @@ class Game:
         else:
             arguments = {"inputs_embeds": self._replace(coalitions_BN, self.replacement_D)}
         output = self.loaded.model(**arguments, use_cache=False, logits_to_keep=1)
-        values: list[float] = self.read(output.logits[:, -1].double()).tolist()
+        values: list[float] = self.read(output.logits[:, -1]).tolist()
         return values
 
     def _replace(self, coalitions_BN: np.ndarray, replacement_D: Tensor) -> Tensor:

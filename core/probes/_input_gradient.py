@@ -66,7 +66,7 @@ class Points:
     def _run(self, embeddings_BPD: Tensor) -> Tensor:
         game = self._game
         output = game.loaded.model(inputs_embeds=embeddings_BPD, use_cache=False, logits_to_keep=1)
-        return game.read(output.logits[:, -1].double())
+        return game.read(output.logits[:, -1])
 
 
 class StraightPath:

@@ -111,12 +111,12 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
 
 def token_named(tokenizer: Any, text: str) -> int | None:
     """The id of the one token that ``token_texts`` shows as ``text``; None when there is none."""
-    vocabulary = tokenizer.get_vocab()
+    id_of = tokenizer.backend_tokenizer.token_to_id
     spelling = text.replace(" ", "▁")
     if _is_byte_level(tokenizer):
         spelling = "".join(_character_of_byte()[byte] for byte in text.encode())
-    found: int | None = vocabulary.get(spelling, vocabulary.get(text))
-    return found
+    found: int | None = id_of(spelling)
+    return id_of(text) if found is None else found
 
 
 def _readable(token: str, byte_level: bool) -> str:

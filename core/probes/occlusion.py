@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from core.lazy import torch
-from core.models.fp32_path import fast_fp32
 from core.probes._input_game import InputSettings, build_game
 from core.probes._input_report import input_result
 from core.registry import Example, method
@@ -58,7 +57,7 @@ def occlusion(loaded: LoadedModel, prompt: Prompt, progress: Progress, settings:
     the mean embedding, or a neutral token. The exactness gap compares f of the untouched variation with the model.
     """
     started = time.perf_counter()
-    with loaded.lock, torch.inference_mode(), fast_fp32():
+    with loaded.lock, torch.inference_mode():
         game = build_game(loaded, prompt, settings)
         without = ~np.eye(game.n, dtype=bool)
         without_N = game.values(without, part_of(progress, 0, 0.3))

@@ -15,7 +15,6 @@ from pydantic import Field
 
 from core.errors import BadInput
 from core.lazy import torch
-from core.models.fp32_path import fast_fp32
 from core.probes._input_game import Game, InputSettings, build_game
 from core.probes._input_report import SEED, input_result
 from core.registry import Example, method
@@ -76,7 +75,7 @@ def shapley_values(
     of the pairs' means.
     """
     started = time.perf_counter()
-    with loaded.lock, torch.inference_mode(), fast_fp32():
+    with loaded.lock, torch.inference_mode():
         game = build_game(loaded, prompt, settings)
         found = _exact(game, progress) if game.n <= EXACT_PLAYERS else _sampled(game, settings, progress)
         whole, nothing = game.ends()
