@@ -6,10 +6,12 @@ import streamlit as st
 
 from app import engine, state
 from app import format as fmt
+from app.components.asking import words
 from app.components.job_card import live_jobs
 from app.forms import settings_form
 from app.text import esc
 from core.errors import SlimscopeError
+from core.estimate import estimate
 from core.jobs.plan import submit_train
 from core.jobs.states import ACTIVE
 from core.models.sizes import ModelCard
@@ -17,6 +19,8 @@ from core.registry import Method, Settings, methods
 from core.types import ModelRef, Run
 
 NONE = "none"
+PASS_TOKENS = 256
+"""The forward passes of a training's cost are taken over about so many tokens."""
 FIELD = "artifact"
 """The setting by which a probe asks for something trained."""
 
@@ -52,7 +56,7 @@ def artifact_picker(source: str, probe: Method, card: ModelCard) -> str:
         help="Made by a training job or by slimscope train; a hash or a folder may be typed",
     )
     with st.popover("Train one", icon=":material/model_training:", type="tertiary"):
-        _train_form(source, trainers)
+        _train_form(source, trainers, card)
     spec_model = ModelRef.parse(source).located
     jobs = [
         job
@@ -70,7 +74,7 @@ def _title(run: Run) -> str:
     return f"{fmt.label(run.conditions['method'])}{layer}, {fmt.ago(run.ended_at)} ({run.conditions['artifact'][:8]})"
 
 
-def _train_form(source: str, trainers: list[Method]) -> None:
+def _train_form(source: str, trainers: list[Method], card: ModelCard) -> None:
     """The settings of a training method, the text, and the button that queues it."""
     if not trainers:
         st.caption("No training method of this version fits this model.")
@@ -89,6 +93,9 @@ def _train_form(source: str, trainers: list[Method]) -> None:
         bind="query-params",
         help="pydoc (the reference prose every Python ships), a text file's path, or hub:ID",
     )
+    if settings is not None and card.pace is not None:
+        told = estimate(method, card.anatomy, card.pace, PASS_TOKENS, settings)
+        st.caption(esc(f"{words(told)} on this machine when it does nothing else"))
     st.button(
         "Train as a job",
         icon=":material/manufacturing:",

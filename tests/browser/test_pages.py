@@ -82,6 +82,7 @@ def test_hostile_text_stays_text_and_asks_nobody(page, server, model):
     expect(page.get_by_text("On the command line")).to_be_visible()
     for probe in ("token_surprisal", "attention_pattern"):
         inspect(page, server, model, text=HOSTILE, probe=probe)
+        expect(page.locator(".tok").first).to_be_visible(timeout=120_000)
         assert "<" in "".join(page.locator(".tok").all_text_contents())
     page.goto(f"{server.url}/model?model={HOSTILE.replace(' ', '%20')}")
     ready(page)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from urllib.parse import urlencode
 
 import pytest
@@ -20,5 +21,9 @@ def ready(page) -> None:
 
 
 def inspect(page, server, model: str, **query: str) -> None:
+    """Open the Inspect page on a short text and wait until the model is open and asked."""
     page.goto(f"{server.url}/inspect?{urlencode({'model': model, 'text': 'one two three one two', **query})}")
+    ready(page)
+    expect(page.get_by_test_id("stHeading").first).to_be_visible(timeout=120_000)
+    expect(page.get_by_role("heading", name=re.compile("^Opening"))).to_have_count(0, timeout=180_000)
     ready(page)
