@@ -97,8 +97,14 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: SteeringSettings) -> Cost:
         ),
         Example(
             "Go on in French",
-            Prompt("When I woke up this morning, I"),
-            {"positives": _FRENCH, "negatives": _ENGLISH, "layer": 15, "strength": 1.0},
+            Prompt("I went to the new restaurant last night, and the food was"),
+            {
+                "positives": _FRENCH,
+                "negatives": _ENGLISH,
+                "layer": 15,
+                "strength": 1.0,
+                "position": "mean",
+            },
         ),
         Example(
             "A bad evening, its mood taken out of every layer",
