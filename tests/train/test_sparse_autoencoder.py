@@ -77,18 +77,17 @@ def test_the_auxiliary_loss_moves_dead_features_only_towards_the_error():
     pre = torch.full((4, WIDTH), -1.0)
     pre[:, 5], pre[:, 6], pre[:, 0] = 2.0, 0.0, 9.0
     pre.requires_grad_()
-    assert float(_auxiliary(pre.detach(), 2 * directions[5].expand(4, -1), dead, decoder)) == pytest.approx(
-        0, abs=1e-6
-    )
+    exact = _auxiliary(pre, 2 * directions[5].expand(4, -1), dead, decoder)
+    assert exact.item() == pytest.approx(0, abs=1e-6)
     loss = _auxiliary(pre, 2 * directions[6].expand(4, -1), dead, decoder)
-    assert float(loss) == pytest.approx(2, abs=1e-5)
+    assert loss.item() == pytest.approx(2, abs=1e-5)
     loss.backward()
     assert decoder.grad is not None
     assert pre.grad is not None
     assert decoder.grad[~dead].abs().max() == 0
     assert decoder.grad[5].norm() > 0
     assert (pre.grad[:, 6] < 0).all(), "descent raises the feature that points to the error"
-    assert float(_auxiliary(pre, directions[:4], torch.zeros(WIDTH, dtype=torch.bool), decoder)) == 0
+    assert _auxiliary(pre, directions[:4], torch.zeros(WIDTH, dtype=torch.bool), decoder).item() == 0
 
 
 def test_the_same_seed_gives_the_same_weights():

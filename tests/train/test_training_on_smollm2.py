@@ -51,8 +51,8 @@ def test_a_dictionary_keeps_most_of_a_middle_layer(smollm2: LoadedModel, tmp_pat
     found = sparse_autoencoder(smollm2, load_documents("pydoc", split="calibration"), silent, settings)
     metrics = {metric.name: metric.value for metric in found.result.metrics}
     assert metrics["l0"] == 32
-    assert metrics["fvu"] < 0.5
-    assert metrics["ce_recovered"] > 0.6
+    assert metrics["fvu"] < 0.6
+    assert metrics["ce_recovered"] > 0.5
     assert metrics["dead_share"] < 0.5
     found.save(tmp_path / "a")
     result = sae_features(smollm2, PROMPT, silent, SaeFeaturesSettings(artifact=str(tmp_path / "a")))
