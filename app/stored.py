@@ -9,7 +9,9 @@ import streamlit as st
 
 from app import engine
 from app import format as fmt
+from app.components.heading import About, heading
 from app.components.prompt_box import fill
+from app.components.result_panel import result_panel
 from app.engine import Question
 from app.text import esc
 from core.errors import BadInput
@@ -18,17 +20,19 @@ from core.types import ModelRef, Prompt, Result, Run
 
 
 def take_up_run() -> Run | None:
-    """The run that the address names, its question put into the widgets once; call before those are drawn.
+    """The run that the address names, a probe's question put into the widgets once; call before those are drawn.
 
-    Raises ``BadInput`` for a run that is unknown or is no probe's.
+    Raises ``BadInput`` for a run that is unknown or did not look inside.
     """
     id_ = st.query_params.get("run")
     if not id_:
         st.session_state.pop("run_taken_up", None)
         return None
     run = engine.run_of(id_)
-    if run.kind != "probe":
-        raise BadInput(f"run {id_} is of kind {run.kind}; only a probe's result opens here")
+    if run.kind not in ("probe", "train"):
+        raise BadInput(f"run {id_} is of kind {run.kind}; only a probe's or a training's result opens here")
+    if run.kind == "train":
+        return run
     if st.session_state.get("run_taken_up") == id_:
         return run
     asked = run.conditions
@@ -68,6 +72,15 @@ def reopened(run: Run) -> Result:
         st.caption(esc(f"Stored run {run.id}, computed {fmt.ago(run.ended_at)}"), width="stretch")
         st.button("Ask anew", icon=":material/refresh:", type="tertiary", on_click=forget, key="forget")
     return engine.result_of(run.id)
+
+
+def training(run: Run) -> None:
+    """How a training went, as a page of its own: what it found is asked for by the probe that uses it."""
+    method = get("train", run.conditions["method"])
+    heading(f"{method.title} trained on {run.conditions['model']}", about=About.of(method))
+    result = reopened(run)
+    st.caption(esc(f"Artifact {run.conditions['artifact']}"))
+    result_panel(result, name=f"train_{method.id}", settings=None)
 
 
 def forget() -> None:

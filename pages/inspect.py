@@ -26,6 +26,9 @@ from core.registry import methods
 top = st.container()
 try:
     run = stored.take_up_run()
+    if run is not None and run.kind == "train":
+        stored.training(run)
+        st.stop()
     source = state.model()
     opening = engine.open_model(source)
 except SlimscopeError as error:

@@ -99,15 +99,13 @@ def detail(job: Job) -> None:
     log = "\n".join(tail(job.log_path, LOG_LINES))
     st.code(log or "No log yet.", language=None, height=360, wrap_lines=True)
     variant = job.result.get("variant")
-    if job.kind == "probe" and job.result.get("run"):
+    if job.kind in ("probe", "train") and job.result.get("run"):
         st.page_link(
             "../pages/inspect.py",
             label="Open the result",
             icon=":material/troubleshoot:",
             query_params={"model": str(job.spec["model"]), "run": str(job.result["run"])},
         )
-    elif job.kind == "train" and job.result.get("artifact"):
-        st.caption(f"Artifact {job.result['artifact']}")
     elif variant:
         st.page_link(
             "../pages/tradeoffs.py",

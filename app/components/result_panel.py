@@ -30,7 +30,7 @@ TOLERABLE_GAP = 1e-3
 """An identity missed by more is said in orange."""
 
 
-def result_panel(result: Result, *, name: str, settings: Settings, look: Look = ALONE) -> None:
+def result_panel(result: Result, *, name: str, settings: Settings | None, look: Look = ALONE) -> None:
     """Draw a whole result; ``name`` begins widget keys and names files, ``settings`` are what it was made with.
 
     A map whose two axes are settings (layer and head) chooses them: a click sets the form and runs again.
@@ -40,7 +40,7 @@ def result_panel(result: Result, *, name: str, settings: Settings, look: Look = 
         metric_row(result.metrics)
     arrangement = arrange(result, settings)
     cells = Cells(result, arrangement)
-    if arrangement.choosing:
+    if settings is not None and arrangement.choosing:
         _tables_and_tokens(cells, name, look)
         _chosen(cells, settings, name, look)
     elif arrangement.cells:

@@ -233,3 +233,6 @@ def test_what_was_trained_is_found_and_used(opened, tiny_llama):
         app.button(key="probe_now").click().run()
     assert not app.exception
     assert any("float32" in line for line in said(app)), said(app)
+    page = opened("inspect", run=run.id)
+    assert plain(page.title[0].value).startswith(trainer.title)
+    assert any(run.conditions["artifact"] in line for line in said(page))
