@@ -62,12 +62,14 @@ def main() -> None:
 
 
 def _ours(loaded: LoadedModel, steps: int) -> Row:
+    with torch.no_grad():
+        game = build_game(loaded, Prompt(TEXT), InputSettings(target=" Mary", distractor=" John"))
+
     def run() -> tuple[list[float], float]:
+        points = Points(game, 0)
         with torch.no_grad():
-            game = build_game(loaded, Prompt(TEXT), InputSettings(target=" Mary", distractor=" John"))
-            points = Points(game, 0)
             x_PD = points.stream(game.embeddings())
-            path = StraightPath(game, points, torch.zeros_like(x_PD), x_PD)
+        path = StraightPath(game, points, torch.zeros_like(x_PD), x_PD)
         found = gauss_legendre(path.evaluate, path.value, steps)
         return found.value_P.tolist(), found.gap
 
