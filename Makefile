@@ -6,7 +6,7 @@ VENV      := .venv
 BIN       := $(VENV)/bin
 PIP       := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 
-.PHONY: run setup test check bench docs chromium clean
+.PHONY: run setup test check bench bench-inspect docs chromium clean
 .DEFAULT_GOAL := run
 
 run: setup                     ## open the dashboard on 127.0.0.1:$(PORT)
@@ -28,6 +28,9 @@ check: $(VENV)/.installed-dev  ## the quick half of `make test`: lint, types, te
 
 bench: setup                   ## one table per benchmark; ratios in one run
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+bench-inspect: setup           ## looking inside: ratios on ten prompt pairs; 1 thread, so that CPU time compares on a busy machine
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/inspection.py --pairs 10 --threads 1
 
 docs: $(VENV)/.installed-dev   ## rewrite the method table in README.md from the registry
 	$(BIN)/python scripts/method_table.py

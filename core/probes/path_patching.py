@@ -83,9 +83,9 @@ _NAMES = {
             _NAMES,
         ),
         Example(
-            "Indirect object: who tells head 23.3 where to look?",
+            "Indirect object: who tells head 24.4, which writes against the name, what to look for?",
             Prompt("When Mary and John went to the store, John gave a drink to"),
-            {**_NAMES, "receiver": "q", "receiver_layer": 23, "receiver_head": 3},
+            {**_NAMES, "receiver": "q", "receiver_layer": 24, "receiver_head": 4},
         ),
     ),
 )
