@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from core.errors import BadInput
+from core.lazy import torch
 from core.probes._tokens import Encoded, encode
 from core.types import Prompt
 
 if TYPE_CHECKING:
+    from core.models.fp32_path import Fp32Path
     from core.models.loaded import LoadedModel
 
 
@@ -33,3 +35,14 @@ def encode_for_both(loaded: LoadedModel, reference: LoadedModel, prompt: Prompt)
             f"{other.n_tokens}); pick models with the same tokenizer"
         )
     return encoded
+
+
+def conditions(encoded: Encoded, reference: LoadedModel, path: Fp32Path) -> dict[str, Any]:
+    """What the numbers depend on beside the variant: the original, and how float32 was computed."""
+    return {
+        "tokens": encoded.n_tokens,
+        "reference": str(reference.ref),
+        "reference_fingerprint": reference.fingerprint,
+        "threads": torch.get_num_threads(),
+        "fp32_path": path.name,
+    }

@@ -16,14 +16,13 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from core.capture import capture, capture_residual
-from core.intervene import intervene
 from core.lazy import torch
 from core.models.fp32_path import fast_fp32
 from core.probes._distribution import Described, Reference, batch_reader, describe
+from core.probes._drift import Errors, blocks_on, residuals
 from core.probes._provenance import provenance
 from core.probes._tokens import Encoded, encode, limit_cells, token_texts
-from core.probes._twins import encode_for_both
+from core.probes._twins import conditions, encode_for_both
 from core.registry import Example, Settings, method
 from core.types import Cost, Metric, Progress, Prompt, Result, View
 
@@ -94,13 +93,13 @@ def compression_drift(
     limit_cells(n_layers + 1, encoded.n_tokens - start)
     with loaded.lock, reference.lock, torch.inference_mode(), fast_fp32() as path:
         progress(0, 4, f"running {reference.ref}")
-        original_SPD = _residuals(reference, encode(reference, prompt), 0)
+        original_SPD = residuals(reference, encode(reference, prompt), 0)
         progress(1, 4, f"running {loaded.ref}")
-        variant_SND = _residuals(loaded, encoded, start)
+        variant_SND = residuals(loaded, encoded, start)
         progress(2, 4, "running each block on the original's input")
-        on_original_LND = _blocks_on(loaded, encoded, original_SPD, start)
+        on_original_LND = blocks_on(loaded, encoded, original_SPD, start)
         original_SND = original_SPD[:, start:]
-        errors = _Errors.of(original_SND, variant_SND, on_original_LND)
+        errors = Errors.of(original_SND, variant_SND, on_original_LND)
         progress(3, 4, "reading both residual streams as predictions")
         lens = _lens(loaded, reference, variant_SND, original_SND, encoded, start)
     cells = _cells(encoded, start, errors, lens, loaded)
@@ -125,13 +124,7 @@ def compression_drift(
             method="compression_drift",
             settings=settings,
             started=started,
-            conditions={
-                "tokens": encoded.n_tokens,
-                "reference": str(reference.ref),
-                "reference_fingerprint": reference.fingerprint,
-                "threads": torch.get_num_threads(),
-                "fp32_path": path.name,
-            },
+            conditions=conditions(encoded, reference, path),
             exactness_gap=errors.gap,
             exactness_check="largest |own + inherited − total error| of a block, as a share of its output's largest value",
         ),
@@ -204,56 +197,6 @@ _VIEWS = (
 
 
 @dataclass(frozen=True)
-class _Errors:
-    """Norms of the errors as shares of the original's residual norm, [S, N]; layer 0 has only its own."""
-
-    drift_SN: np.ndarray
-    own_SN: np.ndarray
-    inherited_SN: np.ndarray
-    gap: float
-
-    @classmethod
-    def of(cls, original_SND: Tensor, variant_SND: Tensor, on_original_LND: Tensor) -> _Errors:
-        """From both residual streams, and what the variant's blocks make of the original's."""
-        total_SND = (variant_SND - original_SND).float()
-        own_LND = (on_original_LND - original_SND[1:]).float()
-        inherited_LND = (variant_SND[1:] - on_original_LND).float()
-        rebuilt_LND = own_LND + inherited_LND
-        largest_L = original_SND[1:].float().abs().amax(dim=(1, 2))
-        gap = ((rebuilt_LND - total_SND[1:]).abs().amax(dim=(1, 2)) / largest_L).max()
-        norm_SN = original_SND.float().norm(dim=-1)
-        nothing_1N = torch.zeros_like(norm_SN[:1])
-        own_SN = torch.cat([total_SND[:1].norm(dim=-1), own_LND.norm(dim=-1)])
-        inherited_SN = torch.cat([nothing_1N, inherited_LND.norm(dim=-1)])
-        drift_SN, own_SN, inherited_SN = (x / norm_SN for x in (total_SND.norm(dim=-1), own_SN, inherited_SN))
-        return cls(drift_SN.cpu().numpy(), own_SN.cpu().numpy(), inherited_SN.cpu().numpy(), float(gap))
-
-
-def _residuals(loaded: LoadedModel, encoded: Encoded, start: int) -> Tensor:
-    """The residual stream at every point from position ``start`` on, [S, ·, D]."""
-    with capture_residual(loaded, reduce=lambda path, h_BPD: h_BPD[0, start:].clone()) as residual:
-        loaded.model(**encoded.inputs, use_cache=False, logits_to_keep=1)
-    return torch.stack(list(residual.values()))
-
-
-def _blocks_on(loaded: LoadedModel, encoded: Encoded, original_SPD: Tensor, start: int) -> Tensor:
-    """Every block's output on the original's input, [L, N, D], in one forward pass: each input is replaced."""
-    paths = [block.path for block in loaded.anatomy.blocks]
-    input_of = dict(zip(paths, original_SPD, strict=False))
-
-    def put(path: str, h_BPD: Tensor) -> Tensor:
-        original_PD: Tensor = input_of[path]
-        return original_PD[None].to(h_BPD)
-
-    with (
-        intervene(loaded.model, paths, put, inputs=True),
-        capture(loaded.model, paths, reduce=lambda path, h_BPD: h_BPD[0, start:].clone()) as out,
-    ):
-        loaded.model(**encoded.inputs, use_cache=False, logits_to_keep=1)
-    return torch.stack([out[path] for path in paths]).to(original_SPD)
-
-
-@dataclass(frozen=True)
 class _Lens:
     """Both logit lenses at every point and shown position; rows are points × positions, points outermost."""
 
@@ -291,7 +234,7 @@ def _lens(
     return _Lens(Described.join(originals), Described.join(variants))
 
 
-def _cells(encoded: Encoded, start: int, errors: _Errors, lens: _Lens, loaded: LoadedModel) -> pd.DataFrame:
+def _cells(encoded: Encoded, start: int, errors: Errors, lens: _Lens, loaded: LoadedModel) -> pd.DataFrame:
     """One row per point of the residual stream and shown position."""
     n_points, n = errors.drift_SN.shape
     return pd.DataFrame(

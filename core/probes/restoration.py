@@ -22,7 +22,7 @@ from core.probes._distribution import Reference, batch_reader, describe
 from core.probes._provenance import provenance
 from core.probes._recording import Node, Recording, record
 from core.probes._replay import Patch, replay
-from core.probes._twins import encode_for_both
+from core.probes._twins import conditions, encode_for_both
 from core.registry import Example, Settings, method
 from core.types import Cost, Metric, Progress, Prompt, Result, View
 
@@ -127,13 +127,7 @@ def restoration(
             method="restoration",
             settings=settings,
             started=started,
-            conditions={
-                "tokens": encoded.n_tokens,
-                "reference": str(reference.ref),
-                "reference_fingerprint": reference.fingerprint,
-                "threads": torch.get_num_threads(),
-                "fp32_path": path.name,
-            },
+            conditions=conditions(encoded, reference, path),
             exactness_gap=abs(unchanged - lost),
             exactness_check="|KL change|, nats, when a part is replaced by what the variant itself computed there",
         ),
