@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import pandas as pd
@@ -130,7 +131,7 @@ def _ways(loaded: LoadedModel, grid: Grid, node: str) -> dict[str, Callable[[lis
         return ways
     for make in (_transformer_lens, _nnsight):
         with suppress(ImportError):
-            name, run = make(loaded, grid)
+            name, run = make(grid)
             ways[f"{name}, one forward per cell"] = lambda indices, run=run: torch.cat(
                 [run([i]) for i in indices]
             )  # type: ignore[misc]
@@ -184,16 +185,10 @@ def _hooked(loaded: LoadedModel, grid: Grid, node: str, indices: list[int]) -> t
     return grid.metric.of_logits(logits)
 
 
-def _transformer_lens(loaded: LoadedModel, grid: Grid) -> tuple[str, Callable[[list[int]], torch.Tensor]]:
+def _transformer_lens(grid: Grid) -> tuple[str, Callable[[list[int]], torch.Tensor]]:
     from transformer_lens.model_bridge import TransformerBridge
 
-    bridge = TransformerBridge.boot_transformers(
-        str(loaded.folder),
-        hf_model=loaded.model,
-        tokenizer=loaded.tokenizer,
-        device="cpu",
-        dtype=torch.float32,
-    )
+    bridge = _bridge(TransformerBridge)
 
     def run(indices: list[int]) -> torch.Tensor:
         cells = [grid.cells[index] for index in indices]
@@ -214,9 +209,10 @@ def _transformer_lens(loaded: LoadedModel, grid: Grid) -> tuple[str, Callable[[l
     return "TransformerLens", run
 
 
-def _nnsight(loaded: LoadedModel, grid: Grid) -> tuple[str, Callable[[list[int]], torch.Tensor]]:
+def _nnsight(grid: Grid) -> tuple[str, Callable[[list[int]], torch.Tensor]]:
     from nnsight import LanguageModel
 
+    loaded = _copy_for("nnsight")
     wrapped = LanguageModel(loaded.model, tokenizer=loaded.tokenizer)
 
     def run(indices: list[int]) -> torch.Tensor:
@@ -231,6 +227,25 @@ def _nnsight(loaded: LoadedModel, grid: Grid) -> tuple[str, Callable[[list[int]]
         return grid.metric.of_logits(logits)
 
     return "nnsight", run
+
+
+@cache
+def _bridge(kind: Any) -> Any:
+    """TransformerLens around a model of its own, wrapped once."""
+    loaded = _copy_for("TransformerLens")
+    return kind.boot_transformers(
+        str(loaded.folder),
+        hf_model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        device="cpu",
+        dtype=torch.float32,
+    )
+
+
+@cache
+def _copy_for(library: str) -> LoadedModel:
+    """A model of its own: TransformerLens replaces modules of the one it is given."""
+    return open_model(ModelRef("demo:smollm2"))
 
 
 def _timed(run: Callable[[], object]) -> Timed:
