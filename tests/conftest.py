@@ -1,4 +1,8 @@
-"""The one Chromium of a test session: Playwright cannot be started twice in a process."""
+"""The one Chromium of a test session, since Playwright cannot be started twice in a process; and patient threads.
+
+Tests share the cores with the dashboards, inspectors and workers that they start: torch's threads must sleep while
+they wait, as ``core.lazy`` has it, also where a test imports torch before core.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Any
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
     "--headless",

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from core import errors
 from core.errors import BadInput, OutOfMemory, SlimscopeError, WorkerDied
+from core.lazy import plain_threads
 from core.profile.device_lock import exclusive
 from core.profile.measured import Measured
 from core.profile.runtimes._base import ProfileSettings
@@ -54,7 +55,7 @@ def measure_in_child(folder: Path, runtime: str, progress: Progress, settings: P
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=words,
-            env=os.environ | child_environment(settings.n_threads),
+            env=plain_threads(dict(os.environ)) | child_environment(settings.n_threads),
             start_new_session=True,
         )
         assert child.stdin is not None
