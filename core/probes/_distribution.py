@@ -30,7 +30,7 @@ Read = Callable[["Tensor"], "Tensor"]
 UnembeddingPrecision = Literal["model", "bfloat16"]
 ROWS_BYTES = 100 << 20
 """Size of one batch of float32 logits: 533 rows of 49,152."""
-SLICE_BYTES = 3 << 20
+SLICE_BYTES = 6 << 20
 """Size of the slice of a batch that is described at once."""
 BLOCK = 128
 """Vocabulary entries whose maximum is taken first when the top tokens are sought."""
