@@ -2,6 +2,8 @@
 PYTHON    ?= python3
 PIP_FLAGS ?=
 PORT      ?= 8501
+# Two files at a time: many tests wait for processes that they start.
+WORKERS   ?= -n 2 --dist loadfile
 VENV      := .venv
 BIN       := $(VENV)/bin
 PIP       := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
@@ -18,13 +20,13 @@ test: $(VENV)/.installed-dev chromium ## lint, types and every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(WORKERS)
 
 check: $(VENV)/.installed-dev  ## the quick half of `make test`: lint, types, tests under ~10 s each
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "not slow and not browser"
+	$(BIN)/python -m pytest -q $(WORKERS) -m "not slow and not browser"
 
 bench: setup                   ## one table per benchmark; ratios in one run
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -11,7 +11,7 @@ from core.capture import HookDidNotFire, capture, capture_residual
 from core.errors import SlimscopeError
 from core.models.anatomy_verify import eager_attention
 from core.models.loaded import LoadedModel
-from tests.tiny import DECODERS, FAMILIES, LAYERS, MOE, tiny_model
+from tests.tiny import DECODERS, FAMILIES, LAYERS, MOE, n_hooks, tiny_model
 
 
 def inputs_for(loaded: LoadedModel) -> dict[str, Any]:
@@ -24,11 +24,6 @@ def inputs_for(loaded: LoadedModel) -> dict[str, Any]:
 def answer(loaded: LoadedModel, **options: Any) -> Any:
     with torch.inference_mode():
         return loaded.model(**inputs_for(loaded), **options)
-
-
-def n_hooks(model: Any) -> int:
-    """Hooks there are; transformers adds lasting ones of its own when it is first asked for hidden states."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

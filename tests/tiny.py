@@ -228,3 +228,8 @@ def _wordpiece() -> Any:
         mask_token="[MASK]",
         model_max_length=256,
     )
+
+
+def n_hooks(model: Any) -> int:
+    """Hooks there are; transformers adds lasting ones of its own when it is first asked for hidden states."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

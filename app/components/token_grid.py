@@ -21,10 +21,10 @@ from app.components.heat_canvas import Cell
 _CSS = """
 .frame { overflow: auto; max-height: 560px; border: 1px solid var(--st-border-color); border-radius: 6px; }
 .frame:focus-visible { outline: 2px solid var(--st-primary-color); }
-.grid { display: grid; width: max-content; min-width: 100%; font: 11px var(--st-code-font); }
+.grid { display: grid; grid-auto-rows: 21px; font: 11px var(--st-code-font); }
 .row { display: contents; }
 .cell, .head { padding: 3px 5px; white-space: pre; overflow: hidden; text-overflow: ellipsis; line-height: 1.35; }
-.cell { cursor: pointer; }
+.cell { cursor: pointer; contain: strict; }
 .cell:hover { outline: 1px solid var(--st-gray-color); outline-offset: -1px; }
 .cell:focus-visible { outline: 2px solid var(--st-primary-color); outline-offset: -2px; }
 .cell[aria-selected="true"] { outline: 2px solid #F08C00; outline-offset: -2px; }
@@ -53,7 +53,9 @@ export default function ({ data, parentElement, setTriggerValue }) {
   s.grid.setAttribute("aria-label", data.label);
   if (s.look !== look) {
     s.look = look;
-    s.grid.style.gridTemplateColumns = `max-content repeat(${C}, minmax(${data.cell_width}px, 1fr))`;
+    // A definite width and height of every track, so that no cell has to be measured to lay out the others.
+    s.grid.style.gridTemplateColumns = `${data.head_width}px repeat(${C}, minmax(${data.cell_width}px, 1fr))`;
+    s.grid.style.minWidth = `${data.head_width + C * data.cell_width}px`;
     const q = bytes(data.q), colors = lut(stops);
     const head = (text, name, role) => { const el = make("div", `head ${name}`, role); el.textContent = text; el.title = text; return el; };
     const top = make("div", "row", "row");
@@ -145,6 +147,7 @@ def token_grid(
             "unit": unit,
             "label": label,
             "cell_width": 58,
+            "head_width": 14 + 7 * max(map(len, [corner, *rows])),
             "diverging": midpoint is not None,
             "selected": {"row": selected.row, "col": selected.col} if selected else None,
             "sig": f"{levels.signature}-{levels.low}-{levels.high}-{zlib.crc32(repr((flat_words, list(cols))).encode())}",

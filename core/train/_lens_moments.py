@@ -42,5 +42,7 @@ class Moments:
         size_L = xx_LEE.diagonal(dim1=-2, dim2=-1).mean(-1)
         eye_EE = torch.eye(scale_LE.shape[-1], dtype=torch.float64, device=scale_LE.device)
         ridge_LEE = xx_LEE + RIDGE * size_L[:, None, None] * eye_EE
-        found_LED = torch.linalg.solve(ridge_LEE, self.xy_LED / scale_LE[:, :, None]) / scale_LE[:, :, None]
+        # Symmetric and positive definite by the ridge. A batched LU of these sizes sometimes fails inside MKL.
+        root_LEE = torch.linalg.cholesky(ridge_LEE)
+        found_LED = torch.cholesky_solve(self.xy_LED / scale_LE[:, :, None], root_LEE) / scale_LE[:, :, None]
         return Translators(found_LED[:, :-1].float(), found_LED[:, -1].float())

@@ -25,7 +25,7 @@ from core.probes.ablation_scan import AblationScanSettings, ablation_scan
 from core.types import ModelRef, Prompt, Result, silent
 from tests.induction import induction_model, repeated_prompt
 from tests.references.slow_ablation import ablated_logits, kl_by_hand, loss_by_hand, outputs_of
-from tests.tiny import DECODERS, tiny_folder, tiny_model
+from tests.tiny import DECODERS, n_hooks, tiny_folder, tiny_model
 
 PROMPT = Prompt("John gave Mary a drink, and John gave Mary a transformer")
 SOME = [Component(0, 1), Component(1, 2), Component(2, 3), Component(0, None), Component(2, None)]
@@ -224,6 +224,7 @@ def test_the_mean_is_over_all_documents(documents: str) -> None:
 def test_a_long_scan_can_be_cancelled_and_leaves_no_hook() -> None:
     loaded = tiny_model("llama")
     kernel = loaded.model.config._attn_implementation
+    before = n_hooks(loaded.model)
 
     def stop(done: float, total: float, message: str) -> None:
         if done / total > 0.3:
@@ -232,7 +233,7 @@ def test_a_long_scan_can_be_cancelled_and_leaves_no_hook() -> None:
     with pytest.raises(Cancelled):
         ablation_scan(loaded, PROMPT, stop, AblationScanSettings())
     assert loaded.model.config._attn_implementation == kernel
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in loaded.model.modules())
+    assert n_hooks(loaded.model) == before
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ def run(m: Method, family: str, device: str, folder: Path) -> Result:
     second = "three two one" if "encoder" in m.needs else None
     prompt = Prompt(image="digits:0") if family == "vit" else Prompt("one two three one two three", second)
     models = (opened(family, device, folder, damaged=True), loaded) if m.takes_reference else (loaded,)
-    return m.run(*models, prompt, silent, m.parse({}))
+    corrupted = {"corrupted": "two one three one two three"} if "patching" in m.id else {}
+    return m.run(*models, prompt, silent, m.parse(corrupted))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

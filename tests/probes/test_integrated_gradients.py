@@ -19,7 +19,7 @@ from core.probes.input_x_gradient import InputXGradientSettings, input_x_gradien
 from core.probes.integrated_gradients import IntegratedGradientsSettings, integrated_gradients
 from core.probes.occlusion import OcclusionSettings, occlusion
 from core.types import Prompt, Result, silent
-from tests.tiny import DECODERS, MOE, tiny_model
+from tests.tiny import DECODERS, MOE, n_hooks, tiny_model
 
 PROMPT = Prompt("The capital of France is")
 OTHER = "The capital of Italy is"
@@ -230,9 +230,10 @@ def test_bfloat16_has_no_path() -> None:
 
 def test_no_gradient_and_no_hook_is_left_behind() -> None:
     loaded = in_float64(tiny_model("gemma2"))
+    before = n_hooks(loaded.model)
     run(loaded, start_layer=1, steps=8)
     assert all(p.grad is None and not p.requires_grad for p in loaded.model.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in loaded.model.modules())
+    assert n_hooks(loaded.model) == before
     assert find_anatomy(loaded.model) == loaded.anatomy
 
 

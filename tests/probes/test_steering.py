@@ -68,7 +68,10 @@ def test_each_row_gets_its_own_vector_and_zero_gets_nothing(family, layer):
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_a_removed_direction_is_nowhere_in_the_stream(family):
-    """Identity 15: ⟨x, r̂⟩ = 0 at every layer and position; a row of zeros is bit-equal to no steering."""
+    """Identity 15: ⟨x, r̂⟩ = 0 at every layer and position; a row of zeros is no steering.
+
+    Bit for bit in a dense model; fused experts group the batch's rows, and another grouping rounds otherwise.
+    """
     loaded = tiny_model(family)
     units = random_rows(loaded, 2)
     units = units / units.norm(dim=-1, keepdim=True)
@@ -76,7 +79,10 @@ def test_a_removed_direction_is_nowhere_in_the_stream(family):
     plain = last_logits(loaded, 2)
     with remove_directions(loaded, units), capture_residual(loaded) as residual:
         removed = last_logits(loaded, 2)
-    assert torch.equal(removed[0], plain[0])
+    if loaded.anatomy.n_experts:
+        torch.testing.assert_close(removed[0], plain[0], rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(removed[0], plain[0])
     assert (removed[1] - plain[1]).abs().max() > 1e-3
     for stream in residual.values():
         assert ((stream[1] @ units[1]).abs() / stream[1].norm(dim=-1)).max() < 1e-5
