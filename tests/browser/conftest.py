@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,19 @@ class Server:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[Server]:
-    home = tmp_path_factory.mktemp("slimscope")
+    with dashboard(tmp_path_factory.mktemp("slimscope")) as running:
+        yield running
+
+
+@pytest.fixture
+def fresh_server(tmp_path) -> Iterator[Server]:
+    """A dashboard that no other test has used."""
+    with dashboard(tmp_path) as running:
+        yield running
+
+
+@contextmanager
+def dashboard(home: Path) -> Iterator[Server]:
     port = free_port()
     environment = {**os.environ, "SLIMSCOPE_HOME": str(home), "SLIMSCOPE_CATALOG": "", "OMP_NUM_THREADS": "2"}
     log = (home / "server.log").open("wb")
