@@ -9,13 +9,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 from pydantic import BaseModel
 
 from core.errors import BadInput, BadSettings, UnknownMethod
 from core.models.loaded import LoadedModel
 from core.registry import PACKAGES, Method, get, method, methods
-from core.types import Prompt, Result, silent
+from core.types import Result
+from tests.asking import ask, damage
 from tests.compress.making import own_model
 from tests.tiny import FAMILIES, tiny_model
 
@@ -60,18 +60,13 @@ class TestEveryMethod:
 @pytest.mark.parametrize("m", methods("probe").values(), ids=lambda m: m.id)
 def test_a_probe_runs_on_every_family_it_claims_and_refuses_the_others(m: Method, family: str):
     loaded = tiny_model(family)
-    second = "three two one" if "encoder" in m.needs else None
-    prompt = Prompt(image="digits:0") if family == "vit" else Prompt("one two three one two three", second)
     if loaded.missing_needs(m.needs):
         pytest.skip(f"{m.id} does not claim {family}")
     if "artifact" in m.settings.model_fields:
         with pytest.raises(BadInput, match="slimscope train"):
-            m.run(loaded, prompt, silent, m.parse({}))
+            ask(m, loaded, lambda: loaded)
         return
-    # Patching needs a second prompt, which no default can be; others may have one.
-    corrupted = {"corrupted": "two one three one two three"} if "patching" in m.id else {}
-    models = (_halved(family), loaded) if m.takes_reference else (loaded,)
-    result = m.run(*models, prompt, silent, m.parse(corrupted))
+    result = ask(m, loaded, lambda: _damaged(family))
     assert isinstance(result, Result)
     assert result.views, "a result says how it wants to be drawn"
     for view in result.views:
@@ -81,13 +76,10 @@ def test_a_probe_runs_on_every_family_it_claims_and_refuses_the_others(m: Method
 
 
 @cache
-def _halved(family: str) -> LoadedModel:
-    """The tiny model with one matrix damaged: a variant for probes that look at two models."""
+def _damaged(family: str) -> LoadedModel:
+    """A variant of the tiny model for probes that look at two models."""
     with tempfile.TemporaryDirectory() as folder:
-        variant = own_model(family, Path(folder))
-    with torch.no_grad():
-        variant.model.get_submodule(variant.anatomy.blocks[1].o).weight.mul_(-0.5)
-    return variant
+        return damage(own_model(family, Path(folder)))
 
 
 def test_the_readme_table_is_current():

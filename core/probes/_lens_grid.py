@@ -91,6 +91,13 @@ class Lens:
         return layers.astype(np.int32) if all(point.whole for point in self.points) else layers
 
     @property
+    def exactness_check(self) -> str:
+        """Which identity the grid's exactness gap is of."""
+        return (
+            f"largest |lens at the last layer − the model's own logits| at the last {self.checked} positions"
+        )
+
+    @property
     def target_texts(self) -> list[str]:
         """The followed token of each shown position; empty where there is none."""
         if self.target:

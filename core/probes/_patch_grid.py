@@ -38,15 +38,10 @@ PER_HEAD: tuple[NodeName, ...] = ("head", "q", "k", "v")
 EVERYWHERE = -1
 
 
-class PatchSettings(Settings):
-    """What is patched, between which prompts, and what is measured."""
+class PairSettings(Settings):
+    """Both prompts, what is measured between them, and which of them is copied into the other."""
 
     corrupted: str = Field("", description="The other prompt: as many tokens, another answer")
-    node: NodeName = Field(
-        "residual",
-        description="What is copied: the residual stream entering a layer, what attention or MLP adds to it, "
-        "a head's output, or its query, key or value",
-    )
     metric: MetricName = Field(
         "logit_difference",
         description="logit_difference: target − distractor, logits; probability: of the target; "
@@ -60,6 +55,16 @@ class PatchSettings(Settings):
         "denoising",
         description="denoising copies clean into corrupted (what is enough?), noising corrupted into clean "
         "(what is needed?)",
+    )
+
+
+class PatchSettings(PairSettings):
+    """What is patched between two prompts, and where."""
+
+    node: NodeName = Field(
+        "residual",
+        description="What is copied: the residual stream entering a layer, what attention or MLP adds to it, "
+        "a head's output, or its query, key or value",
     )
     positions: int = Field(
         0, ge=0, le=2048, description="Last positions of the prompt to patch; 0 patches all"
@@ -185,8 +190,15 @@ def open_grid(loaded: LoadedModel, prompt: Prompt, settings: PatchSettings) -> G
     """
     pair = encode_pair(loaded, prompt, settings.corrupted)
     cells = _cells(loaded.anatomy, pair, settings)
-    node = node_of(settings.node)
-    clean, corrupted = (record(loaded, side.inputs, [node]) for side in (pair.clean, pair.corrupted))
+    source, base, metric = record_ends(loaded, pair, settings, [node_of(settings.node)])
+    return Grid(loaded, settings, pair, source, base, metric, cells)
+
+
+def record_ends(
+    loaded: LoadedModel, pair: PromptPair, settings: PairSettings, nodes: Sequence[Node]
+) -> tuple[Recording, Recording, PatchMetric]:
+    """The run that is copied from, the run that is patched, and the metric between both prompts."""
+    clean, corrupted = (record(loaded, side.inputs, nodes) for side in (pair.clean, pair.corrupted))
     n_layers = loaded.anatomy.n_layers
     metric = choose_metric(
         loaded,
@@ -197,7 +209,7 @@ def open_grid(loaded: LoadedModel, prompt: Prompt, settings: PatchSettings) -> G
         corrupted_residual_D=corrupted.at("residual", n_layers)[-1],
     )
     source, base = (clean, corrupted) if settings.direction == "denoising" else (corrupted, clean)
-    return Grid(loaded, settings, pair, source, base, metric, cells)
+    return source, base, metric
 
 
 def node_of(name: NodeName) -> Node:

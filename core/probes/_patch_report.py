@@ -1,4 +1,4 @@
-"""How a patching grid is shown: the ranked table, the map, and what a reader must know. No torch."""
+"""How patching is shown: worked examples, the ranked table, the map, and what a reader must know. No torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,28 @@ import numpy as np
 import pandas as pd
 
 from core.probes._patch_grid import PER_HEAD, Grid
-from core.types import View
+from core.probes._patch_metric import PatchMetric
+from core.registry import Example
+from core.types import Metric, Prompt, View
 
+INDIRECT_OBJECT = Example(
+    "Indirect object: who gets the drink?",
+    Prompt("When Mary and John went to the store, John gave a drink to"),
+    {
+        "corrupted": "When Mary and John went to the store, Mary gave a drink to",
+        "target": " Mary",
+        "distractor": " John",
+    },
+)
+FACTUAL_RECALL = Example(
+    "Factual recall: the capital of France",
+    Prompt("The capital of the country France is the city of"),
+    {
+        "corrupted": "The capital of the country Italy is the city of",
+        "target": " Paris",
+        "distractor": " Rome",
+    },
+)
 RANKED = 50
 """Rows of the ranked table."""
 
@@ -18,6 +38,17 @@ def ranked(frame: pd.DataFrame) -> pd.DataFrame:
     top = frame.loc[order].reset_index(drop=True)
     top.insert(0, "rank", np.arange(1, len(top) + 1))
     return top
+
+
+def headline(metric: PatchMetric, effects: np.ndarray) -> tuple[Metric, ...]:
+    """Both ends of the gap, and the effect that is largest in size."""
+    return (
+        Metric("clean", metric.clean, metric.unit),
+        Metric("corrupted", metric.corrupted, metric.unit),
+        Metric(
+            "strongest_effect", float(effects[np.abs(effects).argmax()]), "share of the gap", n=len(effects)
+        ),
+    )
 
 
 def grid_views(grid: Grid) -> tuple[View, ...]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from core.lazy import torch
 from core.types import Prompt, Provenance
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def provenance(
         dtype=loaded.dtype,
         device=loaded.device,
         attention_kernel=attention_kernel or str(loaded.model.config._attn_implementation),
-        conditions=conditions,
+        conditions={**conditions, "threads": torch.get_num_threads()},
         seconds=time.perf_counter() - started,
         exactness_gap=exactness_gap,
         exactness_check=exactness_check,

@@ -5,13 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from core.errors import BadInput
-from core.lazy import torch
 from core.probes._tokens import Encoded, encode
+from core.registry import Example
 from core.types import Prompt
 
 if TYPE_CHECKING:
     from core.models.fp32_path import Fp32Path
     from core.models.loaded import LoadedModel
+
+FACTS_AND_NAMES = Example(
+    "Facts and names",
+    Prompt(
+        "The capital of France is Paris. The capital of Italy is Rome. When Mary and John went to the "
+        "store, John gave a drink to Mary."
+    ),
+)
 
 
 def encode_for_both(loaded: LoadedModel, reference: LoadedModel, prompt: Prompt) -> Encoded:
@@ -43,6 +51,5 @@ def conditions(encoded: Encoded, reference: LoadedModel, path: Fp32Path) -> dict
         "tokens": encoded.n_tokens,
         "reference": str(reference.ref),
         "reference_fingerprint": reference.fingerprint,
-        "threads": torch.get_num_threads(),
         "fp32_path": path.name,
     }

@@ -141,7 +141,6 @@ def ablation_scan(
                 "texts": names,
                 "texts_fingerprint": fingerprint,
                 "tokens": n_tokens,
-                "threads": torch.get_num_threads(),
                 "fp32_path": path.name,
             },
             exactness_gap=effects.gap,

@@ -13,10 +13,17 @@ import numpy as np
 
 from core.lazy import torch
 from core.probes._patch_grid import PatchSettings, open_grid, replay_cost
-from core.probes._patch_report import grid_notes, grid_views, ranked
+from core.probes._patch_report import (
+    FACTUAL_RECALL,
+    INDIRECT_OBJECT,
+    grid_notes,
+    grid_views,
+    headline,
+    ranked,
+)
 from core.probes._provenance import provenance
 from core.registry import Example, method
-from core.types import Metric, Progress, Prompt, Result
+from core.types import Progress, Prompt, Result
 
 if TYPE_CHECKING:
     from core.models.loaded import LoadedModel
@@ -34,39 +41,18 @@ class ActivationPatchingSettings(PatchSettings):
     answers="Where is the fact?",
     cost=replay_cost,
     examples=(
-        Example(
-            "Indirect object: who gets the drink?",
-            Prompt("When Mary and John went to the store, John gave a drink to"),
-            {
-                "corrupted": "When Mary and John went to the store, Mary gave a drink to",
-                "target": " Mary",
-                "distractor": " John",
-            },
-        ),
+        INDIRECT_OBJECT,
         Example(
             "Indirect object: which heads move the name?",
-            Prompt("When Mary and John went to the store, John gave a drink to"),
-            {
-                "corrupted": "When Mary and John went to the store, Mary gave a drink to",
-                "target": " Mary",
-                "distractor": " John",
-                "node": "head",
-            },
+            INDIRECT_OBJECT.prompt,
+            {**INDIRECT_OBJECT.settings, "node": "head"},
         ),
         Example(
             "Greater than: a war that began in 1780",
             Prompt("The war lasted from 1780 to 17"),
             {"corrupted": "The war lasted from 1710 to 17", "target": "8", "distractor": "1"},
         ),
-        Example(
-            "Factual recall: the capital of France",
-            Prompt("The capital of the country France is the city of"),
-            {
-                "corrupted": "The capital of the country Italy is the city of",
-                "target": " Paris",
-                "distractor": " Rome",
-            },
-        ),
+        FACTUAL_RECALL,
         Example(
             "Gender: the boy lost …",
             Prompt("The boy lost"),
@@ -103,11 +89,7 @@ def activation_patching(
     return Result(
         frames={"main": frame, "ranked": ranked(frame)},
         views=grid_views(grid),
-        metrics=(
-            Metric("clean", metric.clean, metric.unit),
-            Metric("corrupted", metric.corrupted, metric.unit),
-            Metric("strongest_effect", float(effects[best]), "share of the gap", n=len(effects)),
-        ),
+        metrics=headline(metric, effects),
         provenance=provenance(
             loaded,
             prompt,
@@ -116,7 +98,6 @@ def activation_patching(
             started=started,
             conditions={
                 "tokens": grid.pair.n_tokens,
-                "threads": torch.get_num_threads(),
                 "measured": metric.label,
                 "identity_gap": identity,
                 "hooked_forward_gap": hooked,

@@ -107,7 +107,6 @@ def attention_pattern(
             started=started,
             conditions={
                 "tokens": encoded.n_tokens,
-                "threads": torch.get_num_threads(),
                 "fp32_path": path.name,
             },
             exactness_gap=max(seen.scorer.gap, seen.heads_gap),

@@ -122,7 +122,6 @@ def attention_relevance(
                 "positions": encoded.n_tokens,
                 "read_from": out.read_from,
                 "explained": out.explained,
-                "threads": torch.get_num_threads(),
             },
             exactness_gap=abs(float(plain) - float(traced.score)),
             exactness_check="|score of the traced pass with eager attention − score of the model as it is|",

@@ -107,7 +107,6 @@ def attention_rollout(
             conditions={
                 "positions": encoded.n_tokens,
                 "read_from": read_from,
-                "threads": torch.get_num_threads(),
             },
             exactness_gap=walk.gap,
             exactness_check="largest |row sum − 1| of the rollout after any layer",

@@ -19,7 +19,7 @@ from core.lazy import torch
 from core.probes._gradients import differentiable, require_gradients
 from core.probes._node_gradients import node_gradients
 from core.probes._patch_grid import PER_HEAD, Grid, PatchSettings, node_of, open_grid
-from core.probes._patch_report import grid_notes
+from core.probes._patch_report import FACTUAL_RECALL, INDIRECT_OBJECT, grid_notes
 from core.probes._provenance import provenance
 from core.registry import Example, method
 from core.types import Cost, Metric, Progress, Prompt, Result, View
@@ -57,23 +57,13 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: AttributionPatchingSettings
     examples=(
         Example(
             "Indirect object: every head at once",
-            Prompt("When Mary and John went to the store, John gave a drink to"),
-            {
-                "corrupted": "When Mary and John went to the store, Mary gave a drink to",
-                "target": " Mary",
-                "distractor": " John",
-                "node": "head",
-            },
+            INDIRECT_OBJECT.prompt,
+            {**INDIRECT_OBJECT.settings, "node": "head"},
         ),
         Example(
             "Factual recall: which MLP writes the capital?",
-            Prompt("The capital of the country France is the city of"),
-            {
-                "corrupted": "The capital of the country Italy is the city of",
-                "target": " Paris",
-                "distractor": " Rome",
-                "node": "mlp_out",
-            },
+            FACTUAL_RECALL.prompt,
+            {**FACTUAL_RECALL.settings, "node": "mlp_out"},
         ),
     ),
 )
@@ -128,7 +118,6 @@ def attribution_patching(
             started=started,
             conditions={
                 "tokens": grid.pair.n_tokens,
-                "threads": torch.get_num_threads(),
                 "measured": grid.metric.label,
                 "hooked_forward_gap": hooked,
             },

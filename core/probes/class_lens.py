@@ -83,7 +83,7 @@ def class_lens(
             method="class_lens",
             settings=settings,
             started=started,
-            conditions={"positions": encoded.n_tokens, "threads": torch.get_num_threads()},
+            conditions={"positions": encoded.n_tokens},
             exactness_gap=float((read_LC[-1] - answer_C).abs().max()),
             exactness_check="largest |lens at the last layer − the model's own logits|",
         ),

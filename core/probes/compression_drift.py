@@ -22,7 +22,7 @@ from core.probes._distribution import Described, Reference, batch_reader, descri
 from core.probes._drift import Errors, blocks_on, residuals
 from core.probes._provenance import provenance
 from core.probes._tokens import Encoded, encode, limit_cells, token_texts
-from core.probes._twins import conditions, encode_for_both
+from core.probes._twins import FACTS_AND_NAMES, conditions, encode_for_both
 from core.registry import Example, Settings, method
 from core.types import Cost, Metric, Progress, Prompt, Result, View
 
@@ -60,13 +60,7 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: CompressionDriftSettings) -
     paper="https://arxiv.org/abs/2407.09141",
     answers="What did compression break?",
     examples=(
-        Example(
-            "Facts and names",
-            Prompt(
-                "The capital of France is Paris. The capital of Italy is Rome. When Mary and John went to the "
-                "store, John gave a drink to Mary."
-            ),
-        ),
+        FACTS_AND_NAMES,
         Example("Code", Prompt("def add(left, right):\n    return left + right\n\nprint(add(1, 2))\n")),
     ),
     cost=_cost,

@@ -124,7 +124,6 @@ def direct_logit_attribution(
                 "target": target.text,
                 "target_id": target.id,
                 "distractor": distractor.text if distractor else "",
-                "threads": torch.get_num_threads(),
             },
             exactness_gap=abs(split.total - split.logit),
             exactness_check="|Σ heads, neurons, embeddings and biases − the model's own logit or difference|",

@@ -132,7 +132,7 @@ def head_reading(
             method="head_reading",
             settings=settings,
             started=started,
-            conditions={"tokens": encoded.n_tokens, "query": query, "threads": torch.get_num_threads()},
+            conditions={"tokens": encoded.n_tokens, "query": query},
             exactness_gap=max(seen.scores_gap, seen.heads_gap),
             exactness_check="larger of |rebuilt − captured pre-softmax scores| and |heads' sum − attention output|, all heads "
             "of the layer, as a share of the largest value",

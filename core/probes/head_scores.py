@@ -148,7 +148,6 @@ def head_scores(
                 "length": repeats.length,
                 "sequences": len(repeats.ids_SP),
                 "prompt": "not read",
-                "threads": torch.get_num_threads(),
                 "fp32_path": path.name,
             },
             exactness_gap=max(measured.gap, trace_gap, effects.gap if effects else 0.0),

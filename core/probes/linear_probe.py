@@ -165,7 +165,6 @@ def linear_probe(
                 "data_fingerprint": data.fingerprint,
                 "texts": len(data.texts),
                 "groups": len(set(data.groups)),
-                "threads": torch.get_num_threads(),
             },
             exactness_gap=max(layers.gradient, *(one.gradient for one in fits)),
             exactness_check="largest |gradient| of any classifier's mean loss at its solution",

@@ -115,12 +115,10 @@ def logit_lens(
             started=started,
             conditions={
                 "tokens": encoded.n_tokens,
-                "threads": torch.get_num_threads(),
                 "fp32_path": path.name,
             },
             exactness_gap=lens.grid.exactness_gap,
-            exactness_check="largest |lens at the last layer − the model's own logits| "
-            f"at the last {lens.checked} positions",
+            exactness_check=lens.exactness_check,
         ),
         notes=(*lens_notes(lens), *_parallel(loaded, settings), *(rounded if preview else [])),
         flags=("preview",) if preview else (),

@@ -122,7 +122,6 @@ def nearest_tokens(
                 "layer": layer,
                 "position": position,
                 "vocabulary": table.n_tokens,
-                "threads": torch.get_num_threads(),
             },
             exactness_gap=gap,
             exactness_check="largest |dot in the model's dtype − dot in float64| over the largest |dot|, listed residual",

@@ -109,7 +109,6 @@ def pair_similarity(
             conditions={
                 "tokens": [first.n_tokens, second.n_tokens],
                 "pooling": loaded.pooling,
-                "threads": torch.get_num_threads(),
             },
             exactness_gap=abs(cosine - float(known[0] @ known[1])),
             exactness_check="|Σ contributions − cosine of the two sentence vectors made in one batch|",

@@ -127,7 +127,6 @@ def patch_occlusion(
                 "squares": len(masks_WN),
                 "target": target.text,
                 "distractor": distractor.text if distractor else "",
-                "threads": torch.get_num_threads(),
             },
             exactness_gap=abs(base - float(score_W[0])),
             exactness_check="|score of the untouched picture inside the batch − its score alone|",

@@ -16,13 +16,15 @@ from pydantic import Field
 from core.errors import BadInput
 from core.lazy import torch
 from core.probes._direct_path import Head, hooked_path_logits, received, sent
-from core.probes._patch_metric import MetricName, PatchMetric, choose_metric
+from core.probes._patch_grid import PairSettings, record_ends
+from core.probes._patch_metric import PatchMetric
+from core.probes._patch_report import INDIRECT_OBJECT, headline, ranked
 from core.probes._prompt_pair import PromptPair, encode_pair
 from core.probes._provenance import provenance
-from core.probes._recording import Node, Recording, record
+from core.probes._recording import Node, Recording
 from core.probes._replay import Patch, Row, last_residuals
-from core.registry import Example, Settings, method
-from core.types import Cost, Metric, Progress, Prompt, Result, View
+from core.registry import Example, method
+from core.types import Cost, Progress, Prompt, Result, View
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,10 +36,9 @@ Receiver = Literal["logits", "q", "k", "v"]
 ALL = -1
 
 
-class PathPatchingSettings(Settings):
-    """Both prompts, both ends of the path, and what is measured."""
+class PathPatchingSettings(PairSettings):
+    """Both ends of the path."""
 
-    corrupted: str = Field("", description="The other prompt: as many tokens, another answer")
     receiver: Receiver = Field(
         "logits", description="Where the path ends: the output, or a head's query, key or value"
     )
@@ -45,14 +46,6 @@ class PathPatchingSettings(Settings):
     receiver_head: int = Field(0, ge=0, le=1023, description="Receiving head, from 0")
     sender_layer: int = Field(ALL, ge=ALL, le=1023, description="Layer of the sending head; −1 tries all")
     sender_head: int = Field(ALL, ge=ALL, le=1023, description="Sending head; −1 tries all")
-    metric: MetricName = Field("logit_difference", description="What is measured, see activation patching")
-    target: str = Field("", description="Right answer, one token; empty: the clean prompt's top prediction")
-    distractor: str = Field(
-        "", description="Wrong answer, one token; empty: the corrupted prompt's top prediction"
-    )
-    direction: Literal["denoising", "noising"] = Field(
-        "denoising", description="denoising sends clean into the corrupted run, noising the opposite"
-    )
 
 
 def _cost(anatomy: Anatomy, n_tokens: int, settings: PathPatchingSettings) -> Cost:
@@ -60,13 +53,6 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: PathPatchingSettings) -> Co
     senders = 1 if settings.sender_head != ALL else layers * anatomy.n_heads
     each = 0.02 if settings.receiver == "logits" else 0.6 * (1 - settings.receiver_layer / anatomy.n_layers)
     return Cost(5 + each * senders, 4 * n_tokens * anatomy.d_model * (senders + 8 * anatomy.n_layers))
-
-
-_NAMES = {
-    "corrupted": "When Mary and John went to the store, Mary gave a drink to",
-    "target": " Mary",
-    "distractor": " John",
-}
 
 
 @method(
@@ -79,13 +65,13 @@ _NAMES = {
     examples=(
         Example(
             "Indirect object: which heads write the name to the output?",
-            Prompt("When Mary and John went to the store, John gave a drink to"),
-            _NAMES,
+            INDIRECT_OBJECT.prompt,
+            INDIRECT_OBJECT.settings,
         ),
         Example(
             "Indirect object: who tells head 24.4, which writes against the name, what to look for?",
-            Prompt("When Mary and John went to the store, John gave a drink to"),
-            {**_NAMES, "receiver": "q", "receiver_layer": 24, "receiver_head": 4},
+            INDIRECT_OBJECT.prompt,
+            {**INDIRECT_OBJECT.settings, "receiver": "q", "receiver_layer": 24, "receiver_head": 4},
         ),
     ),
 )
@@ -115,17 +101,10 @@ def path_patching(
         logits_V = hooked_path_logits(loaded, inputs, source, base, senders[best], receiver)
         gap = abs(float(metric.of_logits(logits_V[None])[0]) - float(values[best]))
     frame = pd.DataFrame(senders, columns=["layer", "head"]).assign(metric=values, effect=effects)
-    ranked = frame.loc[frame["effect"].abs().sort_values(ascending=False, kind="stable").index[:50]]
-    ranked = ranked.reset_index(drop=True)
-    ranked.insert(0, "rank", np.arange(1, len(ranked) + 1))
     return Result(
-        frames={"ranked": ranked, "main": frame},
+        frames={"ranked": ranked(frame), "main": frame},
         views=_views(settings, metric),
-        metrics=(
-            Metric("clean", metric.clean, metric.unit),
-            Metric("corrupted", metric.corrupted, metric.unit),
-            Metric("strongest_effect", float(effects[best]), "share of the gap", n=len(effects)),
-        ),
+        metrics=headline(metric, effects),
         provenance=provenance(
             loaded,
             prompt,
@@ -134,7 +113,6 @@ def path_patching(
             started=started,
             conditions={
                 "tokens": pair.n_tokens,
-                "threads": torch.get_num_threads(),
                 "measured": metric.label,
             },
             exactness_gap=gap,
@@ -150,18 +128,7 @@ def _prepare(
     """Both prompts, the run that is sent from, the run that is patched, and the metric between them."""
     pair = encode_pair(loaded, prompt, settings.corrupted)
     nodes: tuple[Node, ...] = ("z", "attention_out", "mlp_out")
-    clean, corrupted = (record(loaded, side.inputs, nodes) for side in (pair.clean, pair.corrupted))
-    n_layers = loaded.anatomy.n_layers
-    metric = choose_metric(
-        loaded,
-        settings.metric,
-        target=settings.target,
-        distractor=settings.distractor,
-        clean_residual_D=clean.at("residual", n_layers)[-1],
-        corrupted_residual_D=corrupted.at("residual", n_layers)[-1],
-    )
-    ends = (clean, corrupted) if settings.direction == "denoising" else (corrupted, clean)
-    return pair, *ends, metric
+    return pair, *record_ends(loaded, pair, settings, nodes)
 
 
 def _receiver(anatomy: Anatomy, settings: PathPatchingSettings) -> tuple[int, Node, int] | None:

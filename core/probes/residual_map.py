@@ -120,7 +120,7 @@ def residual_map(
             method="residual_map",
             settings=settings,
             started=started,
-            conditions={"tokens": encoded.n_tokens, "vectors": len(main), "threads": torch.get_num_threads()},
+            conditions={"tokens": encoded.n_tokens, "vectors": len(main)},
             exactness_gap=parts.gap,
             exactness_check="largest |vector − its rebuilding from all components| over the largest |vector|",
         ),

@@ -83,7 +83,7 @@ def residual_norms(
             method="residual_norms",
             settings=settings,
             started=started,
-            conditions={"tokens": encoded.n_tokens, "threads": torch.get_num_threads()},
+            conditions={"tokens": encoded.n_tokens},
             exactness_gap=walk.gap,
             exactness_check="largest |before + attention + MLP − after| over the largest |after|, any layer"
             if walk.gap is not None

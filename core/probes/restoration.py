@@ -22,8 +22,8 @@ from core.probes._distribution import Reference, batch_reader, describe
 from core.probes._provenance import provenance
 from core.probes._recording import Node, Recording, record
 from core.probes._replay import Patch, replay
-from core.probes._twins import conditions, encode_for_both
-from core.registry import Example, Settings, method
+from core.probes._twins import FACTS_AND_NAMES, conditions, encode_for_both
+from core.registry import Settings, method
 from core.types import Cost, Metric, Progress, Prompt, Result, View
 
 if TYPE_CHECKING:
@@ -59,15 +59,7 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: RestorationSettings) -> Cos
     needs=["decoder", "text"],
     paper="https://arxiv.org/abs/2202.05262",
     answers="What did compression break?",
-    examples=(
-        Example(
-            "Facts and names",
-            Prompt(
-                "The capital of France is Paris. The capital of Italy is Rome. When Mary and John went to the "
-                "store, John gave a drink to Mary."
-            ),
-        ),
-    ),
+    examples=(FACTS_AND_NAMES,),
     cost=_cost,
 )
 def restoration(

@@ -116,7 +116,7 @@ def sae_features(
             method="sae_features",
             settings=settings,
             started=started,
-            conditions={"tokens": encoded.n_tokens, "layer": layer, "threads": torch.get_num_threads()},
+            conditions={"tokens": encoded.n_tokens, "layer": layer},
             exactness_gap=seen.gap,
             exactness_check="largest |sum of the active features' directions − dense reconstruction|, of the largest |ĥ|",
         ),

@@ -151,7 +151,6 @@ def steering(loaded: LoadedModel, prompt: Prompt, progress: Progress, settings: 
                 "layer": direction.layer,
                 "direction": direction.what,
                 "direction_norm": float(direction.vector_D.norm()),
-                "threads": torch.get_num_threads(),
             },
             exactness_gap=gap,
             exactness_check="largest |logit of the unsteered row in the batch − the model's own|"

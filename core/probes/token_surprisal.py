@@ -70,7 +70,6 @@ def token_surprisal(
             started=started,
             conditions={
                 "tokens": encoded.n_tokens,
-                "threads": torch.get_num_threads(),
                 "fp32_path": path.name,
             },
             exactness_gap=gap,

@@ -110,12 +110,10 @@ def tuned_lens(
             started=started,
             conditions={
                 "tokens": encoded.n_tokens,
-                "threads": torch.get_num_threads(),
                 "fp32_path": path.name,
             },
             exactness_gap=lens.grid.exactness_gap,
-            exactness_check="largest |lens at the last layer − the model's own logits| "
-            f"at the last {lens.checked} positions",
+            exactness_check=lens.exactness_check,
         ),
         notes=(*lens_notes(lens), *_trained_on(loaded, learned.facts)),
     )

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from core.types import Documents, Metric, Provenance, Result, View
+from core.train._provenance import provenance
+from core.types import Documents, Metric, Result, View
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,14 +66,11 @@ def report(
             Metric("kl_logit_lens", float(plain.mean()), "nats", "lower", n=n),
             Metric("layers_improved", float((tuned < plain).sum()), "layers", "higher", n=len(layers)),
         ),
-        provenance=Provenance(
+        provenance=provenance(
+            loaded,
+            documents,
             method="tuned_lens",
-            settings=settings.model_dump(mode="json"),
-            model_fingerprint=loaded.fingerprint,
-            inputs={"documents": documents.fingerprint},
-            dtype=loaded.dtype,
-            device=loaded.device,
-            attention_kernel=str(loaded.model.config._attn_implementation),
+            settings=settings,
             conditions=conditions,
             seconds=seconds,
             exactness_gap=float((tuned - plain).clip(min=0).max()),

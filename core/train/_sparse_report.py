@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from core.train._feature_tables import marked
-from core.types import Documents, Metric, Provenance, Result, View
+from core.train._provenance import provenance
+from core.types import Documents, Metric, Result, View
 
 if TYPE_CHECKING:
     from core.models.loaded import LoadedModel
@@ -54,14 +55,11 @@ def report(
             ),
             Metric("loss_zero", quality.loss_zero, "nats/token", "neither", n=quality.loss_tokens),
         ),
-        provenance=Provenance(
+        provenance=provenance(
+            loaded,
+            documents,
             method="sparse_autoencoder",
-            settings=settings.model_dump(mode="json"),
-            model_fingerprint=loaded.fingerprint,
-            inputs={"documents": documents.fingerprint},
-            dtype=loaded.dtype,
-            device=loaded.device,
-            attention_kernel=str(loaded.model.config._attn_implementation),
+            settings=settings,
             conditions=conditions,
             seconds=seconds,
             exactness_gap=max(0.0, quality.l0 - k),

@@ -12,7 +12,8 @@ import torch
 from core.models.loaded import LoadedModel
 from core.models.open import open_model
 from core.registry import Method, methods
-from core.types import ModelRef, Prompt, Result, silent
+from core.types import ModelRef, Result
+from tests.asking import ask, damage
 from tests.tiny import tiny_folder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -20,13 +21,15 @@ FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2", "olmoe", "bert", "vit")
 
 
 @cache
-def opened(family: str, device: str, folder: Path, *, damaged: bool = False) -> LoadedModel:
-    """A tiny model on a device; ``damaged`` is a variant of it for probes that look at two models."""
-    loaded = open_model(ModelRef(str(tiny_folder(family, folder / family)), device=device))
-    if damaged:
-        with torch.no_grad():
-            loaded.model.get_submodule(loaded.anatomy.blocks[1].o).weight.mul_(-0.5)
-    return loaded
+def opened(family: str, device: str, folder: Path) -> LoadedModel:
+    """A tiny model on a device."""
+    return open_model(ModelRef(str(tiny_folder(family, folder / family)), device=device))
+
+
+@cache
+def damaged(family: str, device: str, folder: Path) -> LoadedModel:
+    """A variant of it for probes that look at two models."""
+    return damage(open_model(opened(family, device, folder).ref))
 
 
 @pytest.fixture(scope="session")
@@ -35,12 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(m: Method, family: str, device: str, folder: Path) -> Result:
-    loaded = opened(family, device, folder)
-    second = "three two one" if "encoder" in m.needs else None
-    prompt = Prompt(image="digits:0") if family == "vit" else Prompt("one two three one two three", second)
-    models = (opened(family, device, folder, damaged=True), loaded) if m.takes_reference else (loaded,)
-    corrupted = {"corrupted": "two one three one two three"} if "patching" in m.id else {}
-    return m.run(*models, prompt, silent, m.parse(corrupted))
+    return ask(m, opened(family, device, folder), lambda: damaged(family, device, folder))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

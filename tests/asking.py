@@ -1,0 +1,26 @@
+"""One question that any probe can answer on a tiny model: the walks over every method ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from core.models.loaded import LoadedModel
+from core.registry import Method
+from core.types import Prompt, Result, silent
+
+
+def ask(m: Method, loaded: LoadedModel, variant: Callable[[], LoadedModel]) -> Result:
+    """Run a probe with its default settings; ``variant`` gives the damaged copy for probes that look at two models."""
+    second = "three two one" if "encoder" in m.needs else None
+    vision = loaded.family == "vision"
+    prompt = Prompt(image="digits:0") if vision else Prompt("one two three one two three", second)
+    # Patching needs a second prompt, which no default can be; others may have one.
+    settings = m.parse({"corrupted": "two one three one two three"} if "patching" in m.id else {})
+    models = (variant(), loaded) if m.takes_reference else (loaded,)
+    return m.run(*models, prompt, silent, settings)
+
+
+def damage(loaded: LoadedModel) -> LoadedModel:
+    """The model with one matrix turned round: a variant that lost something."""
+    loaded.model.get_submodule(loaded.anatomy.blocks[1].o).weight.data.mul_(-0.5)
+    return loaded
