@@ -64,7 +64,7 @@ def capture(
     def read_input(path: str) -> Callable[..., None]:
         return lambda module, args, kwargs: keep(path, _pick((*args, *kwargs.values()), item))
 
-    modules = {path: _module(model, path) for path in paths}
+    modules = {path: module_at(model, path) for path in paths}
     with ExitStack() as hooks:
         for path, module in modules.items():
             if inputs:
@@ -111,7 +111,8 @@ def _pick(output: Any, item: int) -> Any:
     return output[item] if item < len(output) else None
 
 
-def _module(model: Any, path: str) -> Any:
+def module_at(model: Any, path: str) -> Any:
+    """The module at a dotted path; raises ``KeyError`` naming one that does not exist."""
     try:
         return model.get_submodule(path)
     except AttributeError:

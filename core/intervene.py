@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from core.capture import HookDidNotFire
+from core.capture import HookDidNotFire, module_at
 from core.errors import SlimscopeError
 from core.lazy import torch
 
@@ -63,10 +63,7 @@ def intervene(model: Any, paths: Sequence[str], change: Change, *, inputs: bool 
 
     with ExitStack() as hooks:
         for path in paths:
-            try:
-                module = model.get_submodule(path)
-            except AttributeError:
-                raise KeyError(f"{type(model).__name__} has no module {path!r}") from None
+            module = module_at(model, path)
             if inputs:
                 handle = module.register_forward_pre_hook(on_input(path), with_kwargs=True)
             else:

@@ -21,7 +21,7 @@ from core.models.fp32_path import fast_fp32
 from core.probes._distribution import Described, Reference, batch_reader, describe
 from core.probes._drift import Errors, blocks_on, residuals
 from core.probes._provenance import provenance
-from core.probes._tokens import Encoded, encode, limit_cells, token_texts
+from core.probes._tokens import Encoded, limit_cells, token_texts
 from core.probes._twins import FACTS_AND_NAMES, conditions, encode_for_both
 from core.registry import Example, Settings, method
 from core.types import Cost, Metric, Progress, Prompt, Result, View
@@ -87,7 +87,7 @@ def compression_drift(
     limit_cells(n_layers + 1, encoded.n_tokens - start)
     with loaded.lock, reference.lock, torch.inference_mode(), fast_fp32() as path:
         progress(0, 4, f"running {reference.ref}")
-        original_SPD = residuals(reference, encode(reference, prompt), 0)
+        original_SPD = residuals(reference, encoded, 0)
         progress(1, 4, f"running {loaded.ref}")
         variant_SND = residuals(loaded, encoded, start)
         progress(2, 4, "running each block on the original's input")

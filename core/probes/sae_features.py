@@ -9,19 +9,18 @@ attention sinks are not encoded, as in training.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from core.capture import capture
 from core.errors import BadInput
 from core.lazy import torch
-from core.probes._norm_fold import FrozenNorm, freeze
+from core.probes._active_features import ActiveFeatures, read_layer
+from core.probes._norm_fold import FrozenNorm
 from core.probes._provenance import provenance
-from core.probes._tokens import Encoded, encode, token_texts
+from core.probes._tokens import encode, token_texts
 from core.registry import Example, Settings, method
 from core.train._feature_tables import marked
 from core.train._sparse_code import METHOD, SparseCode, feature_direction
@@ -29,8 +28,6 @@ from core.train._trained import Learned, load
 from core.types import Cost, Metric, Progress, Prompt, Result, View
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from core.models.loaded import LoadedModel
 
 SHOWN_SNIPPETS = 5
@@ -87,9 +84,9 @@ def sae_features(
             "the prompt is a single token, and a text's first position is not encoded; type two words"
         )
     with loaded.lock, torch.inference_mode():
-        read = _read(loaded, encoded, code, layer)
-        seen = _Seen.of(read, code, encoded)
-        shown = seen.strongest(learned, settings)
+        read = read_layer(loaded, encoded, layer)
+        seen = ActiveFeatures.of(read, code, encoded)
+        shown = seen.strongest(learned, n=settings.features, max_density=settings.max_density)
         detail = settings.feature if settings.feature >= 0 else shown[0]
         feature_direction(learned, detail)
         pushes = _pushes(loaded, read.norm, code, [*shown, detail], settings.tokens)
@@ -177,112 +174,9 @@ _VIEWS = (
 )
 
 
-@dataclass(frozen=True)
-class _Read:
-    """One forward pass: the layer's residuals, and the final norm frozen at the last position."""
-
-    residual_PD: Tensor
-    norm: FrozenNorm
-
-
-def _read(loaded: LoadedModel, encoded: Encoded, code: SparseCode, layer: int) -> _Read:
-    model, anatomy = loaded.model, loaded.anatomy
-    path = anatomy.blocks[layer - 1].path
-    assert anatomy.final_norm is not None
-    with (
-        capture(model, [path]) as stream,
-        capture(model, [anatomy.final_norm], inputs=True) as fed,
-        capture(model, [anatomy.final_norm]) as given,
-    ):
-        model(**encoded.inputs, use_cache=False, logits_to_keep=1)
-    norm = freeze(
-        model.get_submodule(anatomy.final_norm),
-        anatomy.final_norm,
-        offset=anatomy.norm_offset,
-        fed_D=fed[anatomy.final_norm][0, -1],
-        output_D=given[anatomy.final_norm][0, -1],
-    )
-    return _Read(stream[path][0].float(), norm)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What the prompt's positions turn on. Arrays over all positions; those not encoded are 0."""
-
-    encoded: Encoded
-    values_PK: np.ndarray
-    features_PK: np.ndarray
-    n_readable: int
-    fvu: float
-    gap: float
-
-    @classmethod
-    def of(cls, read: _Read, code: SparseCode, encoded: Encoded) -> _Seen:
-        """Encode the readable positions, and hold the sparse sum against the dense one."""
-        readable_P = code.readable(read.residual_PD)
-        readable_P[0] = False
-        if not readable_P.any():
-            raise BadInput(
-                "every position of this prompt is an attention sink and is not encoded; type a longer text"
-            )
-        values_PK, features_PK = code.encode(read.residual_PD)
-        values_PK = values_PK * readable_P[:, None]
-        rows_ND = read.residual_PD[readable_P]
-        sparse_ND = code.decode(values_PK[readable_P], features_PK[readable_P])
-        dense_NF = torch.zeros(len(rows_ND), len(code.decoder_FD), device=rows_ND.device)
-        dense_NF.scatter_(1, features_PK[readable_P], values_PK[readable_P])
-        dense_ND = (dense_NF @ code.decoder_FD + code.bias_D) * code.scale
-        spread = (rows_ND - rows_ND.mean(0)).square().sum() if len(rows_ND) > 1 else rows_ND.square().sum()
-        return cls(
-            encoded,
-            values_PK.cpu().numpy(),
-            features_PK.cpu().numpy(),
-            int(readable_P.sum()),
-            float((rows_ND - sparse_ND).square().sum() / spread),
-            float((sparse_ND - dense_ND).abs().max() / dense_ND.abs().max()),
-        )
-
-    @property
-    def l0(self) -> float:
-        """Mean number of active features per encoded position."""
-        return float((self.values_PK > 0).sum() / self.n_readable)
-
-    def activation(self, feature: int) -> np.ndarray:
-        """One feature at every position."""
-        found: np.ndarray = np.where(self.features_PK == feature, self.values_PK, 0).sum(-1)
-        return found
-
-    def strongest(self, learned: Learned, settings: SaeFeaturesSettings) -> list[int]:
-        """Features active here that are not too dense and were met in training, the strongest first."""
-        density = learned.tables["features"].set_index("feature")["density"]
-        ids, values = self.features_PK.ravel(), self.values_PK.ravel()
-        best = pd.Series(values).groupby(ids).max()
-        known = density.reindex(best.index)
-        best = best[(best > 0) & (known > 0) & (known <= settings.max_density)]
-        if best.empty:
-            raise BadInput(
-                f"no feature with a density of at most {settings.max_density} is active here; raise max_density"
-            )
-        return [int(feature) for feature in best.nlargest(settings.features).index]
-
-    def map(self, shown: list[int], start: int) -> pd.DataFrame:
-        """One row per shown feature and position where it is active."""
-        parts = [self.strip(feature, start).assign(feature=str(feature)) for feature in shown]
-        return pd.concat(parts, ignore_index=True).query("activation > 0").reset_index(drop=True)
-
-    def strip(self, feature: int, start: int) -> pd.DataFrame:
-        """One feature along the prompt."""
-        positions = np.arange(start, self.encoded.n_tokens)
-        return pd.DataFrame(
-            {
-                "position": positions,
-                "token": self.encoded.texts[start:],
-                "activation": self.activation(feature)[start:],
-            }
-        )
-
-
-def _feature_table(seen: _Seen, learned: Learned, shown: list[int], pushes: pd.DataFrame) -> pd.DataFrame:
+def _feature_table(
+    seen: ActiveFeatures, learned: Learned, shown: list[int], pushes: pd.DataFrame
+) -> pd.DataFrame:
     """One row per shown feature, the strongest first."""
     facts = learned.tables["features"].set_index("feature").loc[shown]
     snippets = learned.tables["snippets"]
