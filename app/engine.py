@@ -257,7 +257,7 @@ def trained(base_id: str, revision: int) -> list[Run]:
 @st.cache_data(max_entries=32, show_spinner=False)
 def relatives(base_id: str, revision: int) -> dict[str, str]:
     """Source → name of a base and everything made from it, as of a revision of the catalog."""
-    return {variant.source: variant.name for variant in catalog().variants(base_id)}
+    return queries.relatives(catalog(), base_id)
 
 
 def base_of(source: str, fingerprint: str) -> str:

@@ -154,6 +154,17 @@ def newest(catalog: Catalog, *, limit: int) -> pd.DataFrame:
         return pd.DataFrame(session.execute(query).all(), columns=list(columns))
 
 
+def relatives(catalog: Catalog, base_id: str) -> dict[str, str]:
+    """Source → name of a base and every visible variant of it, oldest first; names alone, for there may be thousands."""
+    query = (
+        select(VariantRow.source, VariantRow.name)
+        .where(VariantRow.base_id == base_id, VariantRow.hidden.is_(False))
+        .order_by(VariantRow.created_at, VariantRow.id)
+    )
+    with catalog.read() as session:
+        return {row.source: row.name for row in session.execute(query)}
+
+
 def lineage(catalog: Catalog, variant_id: str) -> tuple[Variant, ...]:
     """A variant's ancestors, nearest first, each once."""
     found: dict[str, Variant] = {}

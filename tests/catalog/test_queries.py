@@ -6,7 +6,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from core.catalog.queries import MEASURES, bases, lineage, tradeoff_frame, variant_detail
+from core.catalog.queries import MEASURES, bases, lineage, relatives, tradeoff_frame, variant_detail
 from core.catalog.store import Catalog
 from core.errors import BadInput
 from core.types import Measurement, Variant
@@ -80,6 +80,17 @@ def test_lineage_of_a_distilled_variant_names_each_ancestor_once(catalog: Catalo
     student = catalog.add_variant(replace(variant_of(base, "student"), parents=(pruned.id, base.id)))
     assert student.parents == ("pruned", base.id)
     assert [v.id for v in lineage(catalog, "student")] == ["pruned", base.id]
+
+
+def test_relatives_are_the_visible_variants_of_one_base_the_base_first(
+    catalog: Catalog, base: Variant
+) -> None:
+    stranger = base_of(catalog, "other")
+    kept = catalog.add_variant(variant_of(base, "c" * 12))
+    hidden = catalog.add_variant(variant_of(base, "d" * 12))
+    catalog.hide_variant(hidden.id)
+    assert list(relatives(catalog, base.id).items()) == [(base.source, base.name), (kept.source, kept.name)]
+    assert list(relatives(catalog, stranger.id)) == [stranger.source]
 
 
 def test_detail_holds_runs_layers_and_frames(catalog: Catalog, base: Variant) -> None:
