@@ -31,6 +31,7 @@ from streamlit import config
 
 from app import engine
 from app.memory import keep_small
+from core.catalog.migrate import prepare_apart
 from core.jobs.supervisor import ensure_supervisor
 from core.paths import catalog_url
 
@@ -139,6 +140,7 @@ def serve(
     if catalog:
         os.environ["SLIMSCOPE_CATALOG"] = catalog  # supervisor, workers and inspector inherit it
     keep_small()
+    prepare_apart(catalog_url())
     url = f"http://{host}:{port}"
     if open_browser:
         threading.Timer(1.5, webbrowser.open, (url,)).start()

@@ -27,6 +27,16 @@ FLAGS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """The command line names its catalog in the environment; no test may leave one to the next."""
+    before = dict(os.environ)
+    yield
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api")

@@ -5,12 +5,16 @@ Reads the version with plain SQL, so that opening a current catalog does not imp
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 from sqlalchemy import URL, Engine, inspect
+from sqlalchemy.exc import SQLAlchemyError
 
-from core.catalog.engine import open_engine, sqlite_file
+from core.catalog.engine import open_engine, parse_url, sqlite_file
 from core.errors import CatalogError
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -42,6 +46,36 @@ def bring_up_to_date(url: URL, engine: Engine, *, migrations: Path = MIGRATIONS)
     backup = None if current is None else _back_up(url, engine, current)
     _upgrade(url, migrations)
     return backup
+
+
+def prepare_apart(url: str) -> None:
+    """Create or upgrade a catalog that needs it in a process of its own, which ends.
+
+    For a process that lives long and must stay small: Alembic would stay in it for life, at 12 MB. What goes wrong is
+    left for whoever opens the catalog next to tell.
+    """
+    if _is_current(url):
+        return
+    subprocess.run(
+        [sys.executable, "-c", "from core.catalog.store import Catalog; Catalog()"],
+        env={**os.environ, "SLIMSCOPE_CATALOG": url},
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+
+
+def _is_current(url: str) -> bool:
+    parsed = parse_url(url)
+    file = sqlite_file(parsed)
+    if file is not None and not file.is_file():
+        return False
+    engine = open_engine(parsed, read_only=True)
+    try:
+        return current_version(engine) == versions()[-1]
+    except SQLAlchemyError:
+        return False
+    finally:
+        engine.dispose()
 
 
 def refuse_stale(engine: Engine, *, migrations: Path = MIGRATIONS) -> None:

@@ -115,4 +115,5 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
     centre = share + z * z / (2 * trials)
     reach = z * sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
+    # The share is always inside; rounding would put 7 of 7 above its own upper bound.
+    return max(0.0, min(share, (centre - reach) / scale)), min(1.0, max(share, (centre + reach) / scale))

@@ -14,7 +14,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
 from core.catalog.engine import open_engine, parse_url
-from core.catalog.migrate import MIGRATIONS, bring_up_to_date, current_version, versions
+from core.catalog.migrate import MIGRATIONS, bring_up_to_date, current_version, prepare_apart, versions
 from core.catalog.queries import tradeoff_frame
 from core.catalog.store import Catalog
 from core.catalog.tables import Base
@@ -129,3 +129,27 @@ def test_two_processes_may_create_one_catalog_at_once(url: str) -> None:
         subprocess.Popen([sys.executable, "-c", code, url], stdout=subprocess.PIPE) for _ in range(3)
     ]
     assert [process.communicate(timeout=120)[0] for process in processes] == [b"0\n"] * 3
+
+
+def test_a_catalog_is_prepared_without_alembic_in_this_process(tmp_path: Path) -> None:
+    """In a fresh interpreter: the file is made and current afterwards, and Alembic was never imported there."""
+    url = f"sqlite:///{tmp_path / 'new' / 'catalog.sqlite'}"
+    script = f"""
+import sys
+from core.catalog.migrate import prepare_apart
+from core.catalog.store import Catalog
+prepare_apart({url!r})
+Catalog({url!r}).revision()
+sys.exit("alembic" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    prepare_apart(url)
+    assert current_version(open_engine(parse_url(url))) == versions()[-1]
+
+
+def test_what_cannot_be_prepared_is_told_by_who_opens_it(tmp_path: Path) -> None:
+    broken = tmp_path / "catalog.sqlite"
+    broken.write_bytes(b"this is no database, and it is longer than the header of one would be" * 4)
+    prepare_apart(f"sqlite:///{broken}")
+    with pytest.raises(CatalogError):
+        Catalog(f"sqlite:///{broken}")

@@ -18,6 +18,11 @@ class TestWilson:
         expected = stats.binomtest(hits, trials).proportion_ci(method="wilson")
         assert wilson(hits, trials) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
+    def test_the_share_is_inside_at_both_ends(self):
+        for trials in range(1, 200):
+            assert wilson(trials, trials)[1] == 1
+            assert wilson(0, trials)[0] == 0
+
     def test_published_value(self):
         # Newcombe, Statistics in Medicine 17 (1998), table I, method 3: 81 of 263
         assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
