@@ -13,7 +13,6 @@ import os
 import re
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
@@ -29,14 +28,34 @@ REST = (
 )
 
 
+_WATCH = """(word) => {
+  const heads = () => [...document.querySelectorAll("*")].flatMap((node) =>
+    node.shadowRoot ? [...node.shadowRoot.querySelectorAll(".head.top")] : []);
+  const stands = () => heads().some((head) => head.textContent.includes(word));
+  window.lensSeconds = new Promise((resolve) => {
+    const onKey = (event) => {
+      if (event.key !== "Enter") return;
+      window.removeEventListener("keydown", onKey, true);
+      const pressed = performance.now();
+      const look = () => stands()
+        ? requestAnimationFrame(() => resolve((performance.now() - pressed) / 1000))
+        : setTimeout(look, 25);
+      setTimeout(look, 500);
+    };
+    window.addEventListener("keydown", onKey, true);
+  });
+}"""
+"""A stopwatch inside the page: Playwright looks only every half second by then, which once read as a bimodal 0.4 s."""
+
+
 def ask(page: Page, word: str) -> tuple[float, float, int]:
-    """Seconds until the answer is drawn, seconds of them inside the inspector, and tokens of the prompt."""
+    """Seconds from the key to the frame that shows the answer, seconds in the inspector, tokens of the prompt."""
     box = page.get_by_role("textbox", name="Prompt")
     box.fill(word + REST)
-    started = time.perf_counter()
+    page.wait_for_timeout(500)
+    page.evaluate(_WATCH, word)
     box.press("Control+Enter")
-    page.locator(".head.top", has_text=word).wait_for(timeout=60_000)
-    took = time.perf_counter() - started
+    took = float(page.evaluate("window.lensSeconds"))
     page.wait_for_timeout(1000)
     line = page.get_by_text(re.compile(r"exactness gap .* · ")).last.inner_text()
     value, unit = re.findall(r"([\d.]+) (ms|s)\b", line)[-1]

@@ -6,7 +6,7 @@ import streamlit as st
 
 from app import engine, state, stored
 from app.components.artifact_picker import FIELD, artifact_picker
-from app.components.asking import answer, answer_of_other
+from app.components.asking import answer, answer_of_other, ask_ahead
 from app.components.compare_panel import compare_panel, compare_picker, reference_picker
 from app.components.empty_state import empty_state
 from app.components.error_card import error_card
@@ -55,7 +55,7 @@ with st.container(border=True):
         other = None if probe.takes_reference else compare_picker(source, card)
         reference = reference_picker(source, card) if probe.takes_reference else None
     with right:
-        prompt = prompt_box(card.family)
+        prompt = prompt_box(card.family, ask_ahead)
         inputs = st.container()
         example_row(probe, card.family)
     left.caption(esc(probe.summary))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import streamlit as st
 
 from app import engine
@@ -29,7 +31,9 @@ def answer(question: Question, probe: Method, card: ModelCard, *, key: str) -> R
         return settled(engine.probe(question), key=key, cancel=True)
     told = expected(question, probe, card)
     if told is None or told.seconds <= AT_ONCE_S:
-        return settled(engine.probe(question), key=key, cancel=True)
+        call = engine.probe(question)
+        st.session_state[f"{key}_asked"] = question, probe, card
+        return settled(call, key=key, cancel=True)
     job = _job_of(question)
     if job is not None and job.state == "succeeded":
         run = engine.run_of(job.result["run"])
@@ -44,6 +48,21 @@ def answer(question: Question, probe: Method, card: ModelCard, *, key: str) -> R
         return None
     _offer(question, probe, told, key)
     return None
+
+
+def ask_ahead() -> None:
+    """Put the last quick question to the new prompt before anything is drawn; the prompt box's callback.
+
+    Drawing the page down to the answer takes some 0.1 s, in which the inspector can already compute.
+    """
+    asked = st.session_state.get("probe_asked")
+    if asked is None:
+        return
+    last, probe, card = asked
+    question = replace(last, prompt=replace(last.prompt, text=st.session_state["text"]))
+    told = expected(question, probe, card)
+    if told is not None and told.seconds <= AT_ONCE_S:
+        engine.probe(question)
 
 
 def answer_of_other(source: str, question: Question, probe: Method, settings: Settings) -> Result | None:

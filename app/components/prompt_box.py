@@ -6,6 +6,8 @@ worked examples, each one click that fills input and settings.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import streamlit as st
 
 from app import images
@@ -22,11 +24,22 @@ LAST_DIGIT = 1796
 """Row of the last image of scikit-learn's digits."""
 
 
-def prompt_box(family: Family) -> Prompt | None:
-    """Draw the input a model of this family takes; None after saying what is wrong with it."""
+def prompt_box(family: Family, on_change: Callable[[], None]) -> Prompt | None:
+    """Draw the input a model of this family takes; None after saying what is wrong with it.
+
+    ``on_change`` is called with a new text in place, before the page is drawn.
+    """
     if family == "vision":
         return _image_box()
-    text = st.text_area("Prompt", PROMPT, key="text", bind="query-params", height=82, max_chars=20_000)
+    text = st.text_area(
+        "Prompt",
+        PROMPT,
+        key="text",
+        bind="query-params",
+        height=82,
+        max_chars=20_000,
+        on_change=on_change,
+    )
     if family != "encoder":
         return Prompt(text)
     second = st.text_input(

@@ -96,17 +96,18 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     ``Ġthe`` and ``▁the`` give `` the``. A token that is only a part of a multi-byte character shows its bytes, e.g.
     ``\xf0\x9f``. WordPiece's ``##`` stays: it says that a word goes on.
     """
-    tokens = tokenizer.convert_ids_to_tokens(list(ids))
+    distinct = list(dict.fromkeys(ids))  # a lens names some 12,000 tokens, of which few hundred differ
     special = set(tokenizer.all_special_tokens)
     byte_level = _is_byte_level(tokenizer)
-    return tuple(
-        f"<unused {id_}>"  # vocabularies are padded: the model can predict rows the tokenizer has no name for
+    texts = {
+        id_: f"<unused {id_}>"  # vocabularies are padded: the model can predict rows the tokenizer has no name for
         if token is None
         else token
         if token in special
         else _readable(token, byte_level)
-        for id_, token in zip(ids, tokens, strict=True)
-    )
+        for id_, token in zip(distinct, tokenizer.convert_ids_to_tokens(distinct), strict=True)
+    }
+    return tuple(texts[id_] for id_ in ids)
 
 
 def token_named(tokenizer: Any, text: str) -> int | None:
