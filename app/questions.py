@@ -16,6 +16,8 @@ QUESTIONS: tuple[Question, ...] = (
     "What does this layer know?",
     "What did it compute?",
     "What did compression break?",
+    "Which expert does what?",
+    "What if it routed otherwise?",
 )
 """In the order in which they are offered."""
 FALLBACK: Question = "What did it compute?"

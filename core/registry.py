@@ -34,6 +34,8 @@ Question = Literal[
     "Where is the fact?",
     "What does this layer know?",
     "What did compression break?",
+    "Which expert does what?",
+    "What if it routed otherwise?",
 ]
 """What a reader of a model asks; every probe says which one it answers, and the page opens on them."""
 PACKAGES: dict[Kind, str] = {
