@@ -1,7 +1,6 @@
 """A model in memory with everything a method needs to work on it; the only mutable thing in the engine.
 
-It lives in one process. It does not know how it was opened (``open.py``) nor how its anatomy was found
-(``anatomy.py``).
+It lives in one process. It does not know how it was opened (``open.py``).
 """
 
 from __future__ import annotations
@@ -12,7 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from core.errors import CannotCompress
 from core.models.anatomy import Anatomy
+from core.models.anatomy_find import find_anatomy
+from core.models.anatomy_verify import verify_anatomy
+from core.models.quiet import quiet
 from core.registry import Need
 from core.types import Family, ModelRef
 
@@ -37,7 +40,8 @@ class LoadedModel:
     processor: Any | None
     anatomy: Anatomy
     fingerprint: str
-    """Content hash of weights and config, whatever the dtype they are held in."""
+    """Content hash of the weights and config that were opened, whatever the dtype they are held in; a compression
+    changes the weights, not this: it names what the result was made from."""
     pooling: Pooling = "mean"
     """How an encoder's token vectors become one sentence vector."""
     notes: tuple[str, ...] = ()
@@ -88,3 +92,22 @@ class LoadedModel:
     def supports(self, needs: Iterable[Need]) -> bool:
         """Whether a method with these needs applies to this model."""
         return not self.missing_needs(needs)
+
+    def become(self, model: Any) -> None:
+        """Replace the model, or take it up anew after its structure or config was edited in place.
+
+        The anatomy is found again and proved. Tokenizer, folder, notes, lock and ``fingerprint`` stay: like a weight
+        that is rounded, another structure is made *from* what was opened. The device of the model given is kept.
+        Raises ``AnatomyMismatch`` or ``CannotOpen`` with this object unchanged, and ``CannotCompress`` after a
+        quantizing step, whose packed weights belong to the old modules.
+        """
+        if self.packed:
+            raise CannotCompress(
+                "an earlier step quantized this model, and its codes belong to modules that would be replaced; put the "
+                "steps that change the structure first, quantize last"
+            )
+        model.eval().requires_grad_(False)
+        with quiet():
+            anatomy = find_anatomy(model)
+            checks = verify_anatomy(model, anatomy)
+        self.model, self.anatomy, self.checks = model, anatomy, checks
