@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import pandas as pd
 
-from core.registry import Example, Method, Need, Question
+from core.registry import Example, Method, Need, Question, methods
 from core.types import Family
+
+Page = Literal["inspect", "routing"]
+"""The pages that put questions to a model."""
+FIRST: dict[Page, str] = {"inspect": "logit_lens", "routing": "expert_load"}
+"""What each of them opens on where the model has it."""
 
 QUESTIONS: tuple[Question, ...] = (
     "Why this token?",
@@ -22,16 +28,31 @@ QUESTIONS: tuple[Question, ...] = (
 """In the order in which they are offered."""
 FALLBACK: Question = "What did it compute?"
 """What a probe answers that does not say."""
-FIRST_PROBE = "logit_lens"
-"""What the page opens on where the model has it."""
 _NEED_WORDS: dict[Need, str] = {
     "decoder": "a decoder",
     "encoder": "an encoder",
     "vision": "a vision model",
     "text": "text",
     "moe": "experts",
+    "dense": "a dense model",
     "cuda": "a CUDA device",
 }
+
+
+def page_of(probe: Method) -> Page:
+    """The page that draws a probe: what asks about experts has its own."""
+    return "routing" if "moe" in probe.needs else "inspect"
+
+
+def page_of_id(probe: str) -> Page | None:
+    """The same for a probe's id; None for an id that no probe has."""
+    known = methods("probe")
+    return page_of(known[probe]) if probe in known else None
+
+
+def of_page(page: Page) -> dict[str, Method]:
+    """The probes of a page, by id."""
+    return {id_: probe for id_, probe in methods("probe").items() if page_of(probe) == page}
 
 
 def question_of(probe: Method) -> Question:
@@ -51,9 +72,9 @@ def by_question(probes: Iterable[Method]) -> dict[Question, list[Method]]:
     return {question: answers for question, answers in found.items() if answers}
 
 
-def first_of(probes: Mapping[str, Method]) -> Method:
-    """What is shown when nothing was asked for yet."""
-    return probes.get(FIRST_PROBE) or next(iter(by_question(probes.values()).values()))[0]
+def first_of(probes: Mapping[str, Method], first: str) -> Method:
+    """What is shown when nothing was asked for yet: ``first``, else the first answer to the first question."""
+    return probes.get(first) or next(iter(by_question(probes.values()).values()))[0]
 
 
 def misfits(probes: Mapping[str, Method], offers: frozenset[Need]) -> pd.DataFrame:

@@ -79,8 +79,7 @@ class LoadedModel:
         found: set[Need] = {self.family}
         if self.tokenizer is not None:
             found.add("text")
-        if self.anatomy.n_experts:
-            found.add("moe")
+        found.add("moe" if self.anatomy.n_experts else "dense")
         if self.device.startswith("cuda"):
             found.add("cuda")
         return frozenset(found)
