@@ -118,3 +118,12 @@ FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "layernorm")
 POSITIONS = ("wpe", "embed_positions", "embeddings.position_embeddings")
 ROUTERS = ("gate", "router")
 SHARED_EXPERTS = ("shared_expert", "shared_experts")
+UNSUPPORTED_EXPERTS: dict[str, str] = {
+    "JetMoeMoE": "sorts tokens by expert inside its router and is one of two mixtures in each layer, attention the other",
+    "SwitchTransformersSparseMLP": "drops tokens over an expert's capacity and is part of an encoder–decoder",
+    "NllbMoeSparseMLP": "drops tokens over an expert's capacity and is part of an encoder–decoder",
+    "DbrxExperts": "keeps all experts in flat matrices outside the shared contract of transformers",
+    "LongcatFlashExperts": "mixes experts that compute with experts that pass their input through, around two attentions",
+    "DogeCDMoE": "retrieves experts by product keys from embeddings",
+}
+"""Experts modules known not to fit, by class, and why; every other one outside the contract is refused without why."""

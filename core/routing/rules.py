@@ -1,0 +1,110 @@
+"""The rules by which routers turn logits into a decision, as data and as formulas.
+
+Analyses read the decision from the experts' arguments and never from here: this file only says which rule a router
+follows, and recomputes the decision so that what was captured can be held against it. A router whose rule is not
+known here is captured all the same, and its rule is ``unknown``.
+
+Legend: ``T`` tokens, ``E`` experts, ``K`` top-k slots, ``G`` groups of E/G neighbouring experts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from core.routing.discover import MoeLayer
+
+Rule = Literal[
+    "softmax_topk",
+    "softmax_topk_renorm",
+    "softmax_group_topk",
+    "topk_softmax",
+    "topk_sigmoid",
+    "sigmoid_bias",
+    "sigmoid_bias_renorm",
+    "unknown",
+]
+"""How logits become chosen experts and routing weights:
+
+- ``softmax_topk``: softmax over all E, the k largest, as they are (OLMoE, Qwen2-MoE, Jamba).
+- ``softmax_topk_renorm``: the same, divided by their sum (Mixtral, Qwen3-MoE).
+- ``softmax_group_topk``: softmax over all E, only the best groups by their largest, the k largest · scale
+  (DeepSeek-V2, arXiv 2405.04434).
+- ``topk_softmax``: the k largest logits, softmax over these k (gpt-oss, Granite-MoE).
+- ``topk_sigmoid``: the k largest logits, each through a sigmoid; scales the experts' *inputs* (Llama-4).
+- ``sigmoid_bias``: sigmoid scores; chosen by score + bias within the best groups by the sum of their two largest;
+  weighed by the score without bias · scale (DeepSeek-V3, arXiv 2412.19437).
+- ``sigmoid_bias_renorm``: the same, the weights divided by their sum before · scale.
+"""
+
+ALWAYS: dict[str, Rule] = {
+    "MixtralTopKRouter": "softmax_topk_renorm",
+    "JambaTopKRouter": "softmax_topk",
+    "GptOssTopKRouter": "topk_softmax",
+    "GraniteMoeTopKRouter": "topk_softmax",
+    "GraniteMoeSharedTopKRouter": "topk_softmax",
+    "GraniteMoeHybridTopKRouter": "topk_softmax",
+    "DeepseekV2TopkRouter": "softmax_group_topk",
+    "Llama4Router": "topk_sigmoid",
+}
+"""Router class → the one rule it follows."""
+IF_NORM_TOPK_PROB: dict[str, tuple[Rule, Rule]] = {
+    "OlmoeTopKRouter": ("softmax_topk", "softmax_topk_renorm"),
+    "FlexOlmoTopKRouter": ("softmax_topk", "softmax_topk_renorm"),
+    "Qwen2MoeTopKRouter": ("softmax_topk", "softmax_topk_renorm"),
+    "Qwen3MoeTopKRouter": ("softmax_topk", "softmax_topk_renorm"),
+    "Qwen3NextTopKRouter": ("softmax_topk", "softmax_topk_renorm"),
+    "DeepseekV3TopkRouter": ("sigmoid_bias", "sigmoid_bias_renorm"),
+    "Glm4MoeTopkRouter": ("sigmoid_bias", "sigmoid_bias_renorm"),
+    "Dots1TopkRouter": ("sigmoid_bias", "sigmoid_bias_renorm"),
+}
+"""Router class → its rule without and with ``norm_topk_prob``."""
+
+
+def rule_of(router: Any) -> Rule:
+    """The rule a router follows, by its class and its own ``norm_topk_prob``; ``unknown`` for any other class."""
+    name = type(router).__name__
+    if name in IF_NORM_TOPK_PROB:
+        return IF_NORM_TOPK_PROB[name][bool(router.norm_topk_prob)]
+    return ALWAYS.get(name, "unknown")
+
+
+def decide(layer: MoeLayer, router: Any, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """Chosen experts [T, K] and routing weights [T, K] that ``layer``'s rule makes of its router's logits.
+
+    The order of the k slots is by choice score, falling; routers need not keep it. Raises ``ValueError`` for a layer
+    whose rule is unknown.
+    """
+    wide_TE = logits_TE.float()
+    if layer.rule in ("topk_softmax", "topk_sigmoid"):
+        top_TK, experts_TK = wide_TE.topk(layer.top_k, dim=-1)
+        return experts_TK, top_TK.softmax(-1) if layer.rule == "topk_softmax" else top_TK.sigmoid()
+    if layer.rule == "unknown":
+        raise ValueError(f"{layer.router}: {layer.router_class} follows no rule known here")
+    if layer.rule.startswith("sigmoid"):
+        scores_TE = wide_TE.sigmoid()
+        choice_TE = scores_TE + router.e_score_correction_bias
+        choice_TE = _best_groups(layer, choice_TE, best_of_group=2)
+    else:
+        scores_TE = wide_TE.softmax(-1)
+        choice_TE = _best_groups(layer, scores_TE, best_of_group=1)
+    experts_TK = choice_TE.topk(layer.top_k, dim=-1).indices
+    weights_TK = scores_TE.gather(-1, experts_TK)
+    if layer.rule.endswith("renorm"):
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    return experts_TK, weights_TK * layer.scale
+
+
+def _best_groups(layer: MoeLayer, choice_TE: Tensor, *, best_of_group: int) -> Tensor:
+    """Choice scores with −∞ outside the ``top_groups`` groups whose largest few scores sum highest."""
+    if layer.top_groups == layer.n_groups:
+        return choice_TE
+    grouped_TGE = choice_TE.view(len(choice_TE), layer.n_groups, -1)
+    strength_TG = grouped_TGE.topk(best_of_group, dim=-1).values.sum(-1)
+    kept_TG = torch.zeros_like(strength_TG, dtype=torch.bool)
+    kept_TG.scatter_(-1, strength_TG.topk(layer.top_groups, dim=-1).indices, value=True)
+    return grouped_TGE.masked_fill(~kept_TG[..., None], float("-inf")).view_as(choice_TE)
