@@ -152,7 +152,7 @@ class Documents:
     """Evaluation or calibration text: named, split into documents, hashed by content."""
 
     name: str
-    split: Literal["evaluation", "calibration"]
+    split: Literal["evaluation", "calibration", "train"]
     texts: tuple[str, ...]
     licence: str = ""
 

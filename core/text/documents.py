@@ -11,28 +11,28 @@ Knows nothing about tokens or models.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 from core.errors import BadInput, CannotOpen
+from core.text._disjoint import MIN_SHARED, Split, digest, half, long_paragraphs, paragraphs
 from core.text._files import read_text
+from core.text.domains import load_domains
 from core.types import Documents
 
-Split = Literal["evaluation", "calibration"]
+__all__ = ["CHUNK_BYTES", "MIN_BYTES", "MIN_SHARED", "Split", "half", "load_documents", "paragraphs"]
+
 MIN_BYTES = 500
 """Shorter documents are left out: they would be all beginning and no context."""
 CHUNK_BYTES = 4096
 """A ``.txt`` file is cut between paragraphs into documents of about this size."""
-MIN_SHARED = 80
-"""Characters from which on a paragraph found in two documents counts as shared text."""
 MAX_ROWS = 20_000
 """Rows read from a hub data set at most."""
-CHOICES = "pydoc, a .txt or .jsonl file, or hub:ID[:CONFIG][:SPLIT]"
+CHOICES = "pydoc, domains, domain:NAME, a .txt or .jsonl file, or hub:ID[:CONFIG][:SPLIT]"
 
 
 class _Keyed(NamedTuple):
@@ -46,15 +46,19 @@ def load_documents(source: str, *, split: Split = "evaluation", limit: int | Non
     """The documents of one half of ``source``, in an order fixed by content.
 
     ``source`` is ``pydoc`` (CPython's ``pydoc_data.topics``; differs between Python versions, and its
-    fingerprint with it), a ``.txt`` file (cut between paragraphs into documents of about 4 KiB), a ``.jsonl``
+    fingerprint with it), ``domains`` or ``domain:NAME`` (core.text.domains), a ``.txt`` file (cut between paragraphs into documents of about 4 KiB), a ``.jsonl``
     file (one object with ``"text"`` per line), or ``hub:ID[:CONFIG][:SPLIT]`` (rows of a data set by its
     ``text`` column; a local folder works as ID). ``limit`` keeps the first that many documents.
     Raises ``BadInput`` in one sentence for anything that is not usable text.
     """
     if split not in get_args(Split):
-        raise BadInput(f"split {split!r} is not known; choose evaluation or calibration")
+        raise BadInput(f"split {split!r} is not known; choose evaluation, calibration or train")
     if limit is not None and limit < 1:
         raise BadInput(f"limit {limit} is too small; ask for at least one document")
+    if source.strip() == "domains" or source.strip().startswith("domain:"):
+        return load_domains(source.strip(), split=split, limit=limit)
+    if split == "train":
+        raise BadInput(f"{source} has no half for training; only domains and domain:NAME have")
     name, licence, found = _read(source.strip())
     chosen = [document for document in found if half(document.key) == split]
     if not chosen:
@@ -62,24 +66,8 @@ def load_documents(source: str, *, split: Split = "evaluation", limit: int | Non
             f"{name} has no text for {split}: {len(found)} documents of at least {MIN_BYTES} bytes, all in the "
             f"other half; give more text (a few times {CHUNK_BYTES} bytes)"
         )
-    chosen.sort(key=lambda document: _digest(document.key))
+    chosen.sort(key=lambda document: digest(document.key))
     return Documents(name, split, tuple(document.text for document in chosen[:limit]), licence)
-
-
-def half(key: str) -> Split:
-    """Which half the document with this key belongs to: the parity of its hash, nothing else."""
-    return "evaluation" if _digest(key)[0] % 2 == 0 else "calibration"
-
-
-def paragraphs(text: str) -> list[str]:
-    """The blank-line separated blocks of a text, in order, without outer blank lines."""
-    blocks: list[list[str]] = [[]]
-    for line in text.split("\n"):
-        if line.strip():
-            blocks[-1].append(line)
-        elif blocks[-1]:
-            blocks.append([])
-    return ["\n".join(block) for block in blocks if block]
 
 
 def _read(source: str) -> tuple[str, str, list[_Keyed]]:
@@ -169,7 +157,7 @@ def _without_repeats(documents: Iterable[_Keyed]) -> list[_Keyed]:
     seen: set[bytes] = set()
     kept = []
     for document in documents:
-        long = _long_paragraphs(document.text)
+        long = long_paragraphs(document.text)
         if len(document.text.encode()) >= MIN_BYTES and seen.isdisjoint(long):
             seen |= long
             kept.append(document)
@@ -182,7 +170,7 @@ def _chunks(text: str) -> list[_Keyed]:
     chunks: list[str] = []
     block: list[str] = []
     for paragraph in paragraphs(text):
-        long = _long_paragraphs(paragraph)
+        long = long_paragraphs(paragraph)
         if long & seen:
             continue
         seen |= long
@@ -192,13 +180,3 @@ def _chunks(text: str) -> list[_Keyed]:
             block = []
     chunks.append("\n\n".join(block) + "\n")
     return [_Keyed(chunk, chunk) for chunk in chunks if len(chunk.encode()) >= MIN_BYTES]
-
-
-def _long_paragraphs(text: str) -> set[bytes]:
-    """Hashes of the paragraphs that are long enough to matter, blind to spaces and line breaks."""
-    flat = (" ".join(paragraph.split()) for paragraph in paragraphs(text))
-    return {_digest(paragraph) for paragraph in flat if len(paragraph) >= MIN_SHARED}
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()

@@ -145,7 +145,7 @@ BAD = {
     "not JSON": ("a.jsonl", b'{"text": "a"}\nnonsense', "line 2 is not"),
     "no text": ("a.jsonl", b'{"words": "a"}', "line 1 is not"),
     "text is a number": ("a.jsonl", b'{"text": 3}', "line 1 is not"),
-    "other suffix": ("a.csv", b"a,b", r"give pydoc, a .txt or .jsonl file, or hub:ID"),
+    "other suffix": ("a.csv", b"a,b", r"give pydoc, domains, domain:NAME, a .txt or .jsonl file, or hub:ID"),
 }
 
 
