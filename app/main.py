@@ -14,6 +14,12 @@ PAGES = (
     ("home", "Home", "home", "Open a model, see what was made of it"),
     ("model", "Model", "deployed_code", "Where a model's parameters and bytes are"),
     ("inspect", "Inspect", "troubleshoot", "What a model computes, layer by layer"),
+    (
+        "routing",
+        "Routing",
+        "alt_route",
+        "Which expert of a mixture does what, and what if it routed otherwise",
+    ),
     ("compress", "Compress", "compress", "Make a smaller variant and prove that it reloads"),
     ("tradeoffs", "Trade-offs", "scatter_plot", "Size, quality and speed of every variant"),
     ("jobs", "Jobs", "manufacturing", "The queue: progress, logs, cancel and retry"),

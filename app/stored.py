@@ -1,4 +1,4 @@
-"""Opening a stored run on the Inspect page: the address's ``run`` fills the page with what was asked then.
+"""Opening a stored run on the page of its probe: the address's ``run`` fills the page with what was asked then.
 
 As soon as anything is changed the page asks anew, and ``run`` leaves the address.
 """

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import pandas as pd
 import streamlit as st
 
-from app import engine
+from app import engine, questions
 from app import format as fmt
 from app.components import job_card as card
 from app.components.empty_state import empty_state
@@ -100,8 +100,9 @@ def detail(job: Job) -> None:
     st.code(log or "No log yet.", language=None, height=360, wrap_lines=True)
     variant = job.result.get("variant")
     if job.kind in ("probe", "train") and job.result.get("run"):
+        page = questions.page_of_id(str(job.spec.get("method"))) or "inspect"
         st.page_link(
-            "../pages/inspect.py",
+            f"../pages/{page}.py",
             label="Open the result",
             icon=":material/troubleshoot:",
             query_params={"model": str(job.spec["model"]), "run": str(job.result["run"])},

@@ -13,17 +13,17 @@ from core.models.sizes import ModelCard
 from core.registry import Method
 
 
-def wanted(probes: Mapping[str, Method], card: ModelCard) -> Method:
+def wanted(probes: Mapping[str, Method], card: ModelCard, first: str) -> Method:
     """The probe that the address or this session asks for, if this model can have it; else the first."""
     usable = questions.usable(probes, card.offers)
     id_ = st.query_params.get("probe") or st.session_state.get("probe") or ""
-    return usable.get(id_) or questions.first_of(usable)
+    return usable.get(id_) or questions.first_of(usable, first)
 
 
-def question_bar(probes: Mapping[str, Method], card: ModelCard) -> None:
+def question_bar(probes: Mapping[str, Method], card: ModelCard, first: str) -> None:
     """The questions that this model can be asked, as one row; choosing one goes to its first probe."""
     offered = questions.by_question(questions.usable(probes, card.offers).values())
-    now = questions.question_of(wanted(probes, card))
+    now = questions.question_of(wanted(probes, card, first))
     st.session_state["question"] = now
 
     def choose() -> None:
@@ -41,10 +41,10 @@ def question_bar(probes: Mapping[str, Method], card: ModelCard) -> None:
     )
 
 
-def probe_box(probes: Mapping[str, Method], card: ModelCard) -> Method:
+def probe_box(probes: Mapping[str, Method], card: ModelCard, first: str) -> Method:
     """The probes that answer the question; returns the chosen one."""
     usable = questions.usable(probes, card.offers)
-    now = wanted(probes, card)
+    now = wanted(probes, card, first)
     among = questions.by_question(usable.values())[questions.question_of(now)]
     st.session_state["probe"] = now.id
 
@@ -59,7 +59,7 @@ def probe_box(probes: Mapping[str, Method], card: ModelCard) -> Method:
         persist_state="session",
         on_change=choose,
     )
-    if now.id != questions.first_of(usable).id:
+    if now.id != questions.first_of(usable, first).id:
         st.query_params["probe"] = now.id  # kept from another page: the address shows it again
     return now
 
