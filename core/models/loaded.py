@@ -100,13 +100,17 @@ class LoadedModel:
         Raises ``AnatomyMismatch`` or ``CannotOpen`` with this object unchanged, and ``CannotCompress`` after a
         quantizing step, whose packed weights belong to the old modules.
         """
-        if self.packed:
-            raise CannotCompress(
-                "an earlier step quantized this model, and its codes belong to modules that would be replaced; put the "
-                "steps that change the structure first, quantize last"
-            )
+        self.refuse_if_packed()
         model.eval().requires_grad_(False)
         with quiet():
             anatomy = find_anatomy(model)
             checks = verify_anatomy(model, anatomy)
         self.model, self.anatomy, self.checks = model, anatomy, checks
+
+    def refuse_if_packed(self) -> None:
+        """Raise ``CannotCompress`` when an earlier step quantized this model: its structure is then fixed."""
+        if self.packed:
+            raise CannotCompress(
+                "an earlier step quantized this model, and its codes belong to modules that would be replaced; put the "
+                "steps that change the structure first, quantize last"
+            )
