@@ -23,7 +23,7 @@ from core.errors import BadInput, SlimscopeError
 from core.lazy import torch
 from core.routing._experts import ACTIVE, OWN, Layer, Lens, experts_forward, seen_by
 from core.routing._records import NOTHING, Change, Decision, Observe, Routed
-from core.routing.discover import moe_layers
+from core.routing.discover import MoeLayer, moe_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,11 +31,21 @@ if TYPE_CHECKING:
     from core.models.loaded import LoadedModel
     from core.numerics.schemes import IntegerScheme
 
-__all__ = ["IMPLEMENTATION", "NOTHING", "Change", "Decision", "Observe", "Routed", "routed"]
+__all__ = ["IMPLEMENTATION", "NOTHING", "Change", "Decision", "Observe", "Routed", "layers_of", "routed"]
 
 IMPLEMENTATION = "slimscope"
 """Name of our experts function among transformers' experts implementations."""
 Value = TypeVar("Value")
+
+
+def layers_of(loaded: LoadedModel) -> tuple[MoeLayer, ...]:
+    """The model's MoE layers, in order; ``BadInput`` for a dense model."""
+    found = moe_layers(loaded.model)
+    if not found:
+        raise BadInput(
+            f"{loaded.ref} is dense: it has no experts to watch; choose a MoE model such as demo:moe"
+        )
+    return found
 
 
 @contextmanager
@@ -47,19 +57,25 @@ def routed(
     norms: bool = False,
     outputs: bool = False,
     mask_BP: Tensor | None = None,
+    first_layer: int = 0,
 ) -> Iterator[None]:
     """Let ``observe`` see every MoE layer's decision in the forward passes of this thread, and apply ``change``.
 
     ``observe`` is called once per layer and forward call, in the order of the layers, with what was really used. Its
     tensors are the model's own where nothing had to be masked: copy what you keep, and change nothing in place.
     ``norms`` and ``outputs`` also give what each expert put out by itself; ``outputs`` costs T · K · D numbers a layer.
-    ``mask_BP`` is 1 for tokens and 0 for padding; a cached decoding step takes its last columns.
+    ``mask_BP`` is 1 for tokens and 0 for padding; a cached decoding step takes its last columns. Blocks before
+    ``first_layer`` are left alone and need not run (``prefix.py``).
 
     Hold ``loaded.lock`` around the block and run without gradients. Whatever happens, the model is left as it was.
     Raises ``BadInput`` for a dense model and for changes that do not fit it, ``HookDidNotFire`` when the block ends
     without error and a layer never ran.
     """
-    lens = Lens(_layers(loaded), observe, change, norms, outputs, mask_BP)
+    at = functools.partial(module_at, loaded.model)
+    layers = tuple(
+        Layer(found, at(found.experts), at(found.router), at(found.mlp)) for found in layers_of(loaded)
+    )
+    lens = Lens(layers, observe, change, norms, outputs, mask_BP)
     _check(lens)
     if any(id(layer.experts) in ACTIVE.get() for layer in lens.layers):
         raise SlimscopeError(
@@ -85,17 +101,6 @@ def routed(
             f"{silent[0]} was watched but never ran ({len(silent)} of {len(lens.layers)} MoE layers silent); "
             "run a forward pass inside the block, and check that no fused kernel replaces this module"
         )
-
-
-def _layers(loaded: LoadedModel) -> tuple[Layer, ...]:
-    """The model's MoE layers, in order; ``BadInput`` where there are none."""
-    found = moe_layers(loaded.model)
-    if not found:
-        raise BadInput(
-            f"{loaded.ref} is dense: it has no experts to watch; choose a MoE model such as demo:moe"
-        )
-    at = functools.partial(module_at, loaded.model)
-    return tuple(Layer(layer, at(layer.experts), at(layer.router), at(layer.mlp)) for layer in found)
 
 
 def _check(lens: Lens) -> None:
