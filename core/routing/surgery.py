@@ -113,17 +113,30 @@ def keep_experts(loaded: LoadedModel, kept: Mapping[int, Sequence[int]]) -> None
     loaded.refuse_if_packed()
     layers = experts_of(loaded)
     check_kept(layers, kept)
-    model, before = loaded.model, layers[0].n_experts
     for layer in layers:
-        index_K = torch.tensor(kept[layer.layer], device=loaded.device)
-        for module in _routed_modules(model.get_submodule(layer.mlp), layer):
-            _cut(module, index_K, before)
-    after = len(kept[layers[0].layer])
+        keep_in_layer(loaded, layer, kept[layer.layer])
+    settle_counts(loaded, layers[0].n_experts, len(kept[layers[0].layer]))
+
+
+def keep_in_layer(loaded: LoadedModel, layer: MoeLayer, kept: Sequence[int]) -> None:
+    """Keep only these experts of one layer, for a method that must run the model before it decides on the next.
+
+    The model runs, but its config still counts the experts there were: end with ``settle_counts``. What is kept must
+    pass ``check_kept``.
+    """
+    index_K = torch.tensor(list(kept), device=loaded.device)
+    for module in _routed_modules(loaded.model.get_submodule(layer.mlp), layer):
+        _cut(module, index_K, layer.n_experts)
+        _set_counts(module, EXPERT_COUNTS, layer.n_experts, len(kept))
+
+
+def settle_counts(loaded: LoadedModel, before: int, after: int) -> None:
+    """Write the new number of experts wherever the config and the whole model name it, and take the model up anew."""
+    model = loaded.model
     config = model.config.get_text_config()
     for name in EXPERT_COUNTS:
-        if (
-            getattr(config, name, None) == before
-        ):  # one key under several names, by the config's attribute_map
+        # one key under several names, by the config's attribute_map
+        if getattr(config, name, None) == before:
             setattr(config, name, after)
     for module in model.modules():
         _set_counts(module, EXPERT_COUNTS, before, after)
