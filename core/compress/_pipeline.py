@@ -18,9 +18,10 @@ from core.models.loaded import LoadedModel
 from core.numerics.sizes import bits_per_weight
 from core.recipe import Recipe, Step
 from core.registry import get
-from core.types import Documents, Metric, Progress, Result, part_of
+from core.types import Documents, Metric, Progress, Result, View, part_of
 
 _ERROR = ["relative_error", "sqnr_db"]
+_BEFORE = ["parameters_before", "bytes_before"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,7 @@ def compress(
         saved = save_variant(
             loaded,
             folder,
-            touched=frozenset(frame.loc[frame["touched"], "module"]),
-            bytes_before=dict(zip(frame["module"], frame["bytes_before"].astype(int), strict=True)),
+            frame=frame,
             provenance=_provenance(loaded, recipe, results),
         )
         try:
@@ -77,15 +77,28 @@ def _step(loaded: LoadedModel, step: Step, calibration: Documents | None, progre
 
 
 def _whole_recipe(frames: list[pd.DataFrame]) -> pd.DataFrame:
-    """The last step's table, with bytes before the first step, and the error of the last step that touched a tensor."""
-    frame = frames[-1].copy()
-    frame["bytes_before"] = frames[0]["bytes_before"]
-    for earlier in reversed(frames[:-1]):
-        only = earlier["touched"] & ~frame["touched"]
-        frame.loc[only, _ERROR] = earlier.loc[only, _ERROR]
-        frame["touched"] |= only
-    frame.loc[frame["touched"], "reason"] = ""
-    return frame
+    """The steps' tables as one, matched by module: each tensor as the last step left it, before as the first found it.
+
+    A tensor's error is that of the last step that touched it. Values that several steps touched count once, as far as
+    their numbers can tell: the sum, but never more than there were.
+    """
+    whole = frames[0].set_index("module")
+    for frame in frames[1:]:
+        step = frame.set_index("module")
+        both = step.index.intersection(whole.index)
+        earlier, merged = whole.loc[both], step.copy()
+        merged.loc[both, _BEFORE] = earlier[_BEFORE]
+        changed = (earlier["parameters_touched"] + step.loc[both, "parameters_touched"]).clip(
+            upper=earlier["parameters_before"]
+        )
+        merged.loc[both, "parameters_touched"] = changed
+        only_earlier = both[(earlier["touched"] & ~step.loc[both, "touched"]).to_numpy()]
+        merged.loc[only_earlier, _ERROR] = whole.loc[only_earlier, _ERROR]
+        merged.loc[only_earlier, "touched"] = True
+        gone = whole.loc[whole.index.difference(step.index, sort=False)]
+        whole = pd.concat([merged, gone]) if len(gone) else merged
+    whole.loc[whole["touched"], "reason"] = ""
+    return whole.reset_index()[list(frames[0].columns)]
 
 
 def _combined(results: list[Result], frame: pd.DataFrame, saved: SavedFiles) -> Result:
@@ -101,16 +114,28 @@ def _combined(results: list[Result], frame: pd.DataFrame, saved: SavedFiles) -> 
             "A tensor's error is of the last step that touched it, against that step's input; bytes before are those "
             "before the first step."
         )
-    frames = {"main": frame, **{f"step_{i}": r.frame for i, r in enumerate(results[:-1], 1)}}
-    seconds = sum(result.provenance.seconds for result in results)
-    last = results[-1]
+    last, headlines = results[-1], headline(frame)
+    named = {metric.name: metric for result in results for metric in result.metrics}
+    of_steps = [metric for name, metric in named.items() if name not in {m.name for m in headlines}]
+    frames, views = _frames_and_views(results)
     return replace(
         last,
-        frames=frames,
-        metrics=(*headline(frame), *sizes),
+        frames={**frames, "main": frame},
+        views=views,
+        metrics=(*of_steps, *headlines, *sizes),
         notes=tuple(notes),
-        provenance=replace(last.provenance, seconds=seconds),
+        provenance=replace(last.provenance, seconds=sum(result.provenance.seconds for result in results)),
     )
+
+
+def _frames_and_views(results: list[Result]) -> tuple[dict[str, pd.DataFrame], tuple[View, ...]]:
+    """Every step's frames and how to draw them; an earlier step's under ``step_N``, its tables of tensors undrawn."""
+    frames, views = dict(results[-1].frames), list(results[-1].views)
+    for number, result in enumerate(results[:-1], 1):
+        new = {n: f"step_{number}" if n == "main" else f"step_{number}_{n}" for n in result.frames}
+        frames |= {new[name]: frame for name, frame in result.frames.items()}
+        views += [replace(view, frame=new[view.frame]) for view in result.views if view.frame != "main"]
+    return frames, tuple(views)
 
 
 def _provenance(loaded: LoadedModel, recipe: Recipe, results: list[Result]) -> dict[str, Any]:

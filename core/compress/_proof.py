@@ -53,9 +53,11 @@ class Proof:
     real_bytes: int
     parameters: int
     share_parameters: float
-    """Touched by the recipe."""
+    """Of the parameters before the recipe, those it removed or changed."""
     share_bytes: float
-    """Of the bytes before the recipe, those of touched parameters."""
+    """The same of the bytes before the recipe."""
+    share_expert_parameters: float | None
+    """The same of the routed experts' parameters; None for a model that had none."""
     loader: str
     """The call that was proved, e.g. ``AutoModelForCausalLM.from_pretrained(folder)``."""
     dtype: str
@@ -70,7 +72,7 @@ class Proof:
         numbers = {
             "max_logit_difference": ("", "lower"), "differing_parameters": ("", "lower"), "real_bytes": ("B", "lower"),
             "predicted_bytes": ("B", "neither"), "share_parameters": ("", "higher"), "share_bytes": ("", "higher"),
-            "load_seconds": ("s", "lower"), "seconds": ("s", "neither"),
+            "share_expert_parameters": ("", "higher"), "load_seconds": ("s", "lower"), "seconds": ("s", "neither"),
         }  # fmt: skip
         metrics = tuple(
             Metric(name, float(facts[name]), unit, better)  # type: ignore[arg-type]
@@ -130,8 +132,9 @@ def prove(saved: SavedFiles, *, loaded: LoadedModel, expected: Expected, progres
         predicted_bytes=saved.predicted_bytes,
         real_bytes=saved.bytes,
         parameters=saved.parameters,
-        share_parameters=saved.touched_parameters / saved.parameters,
-        share_bytes=saved.touched_bytes / saved.bytes_before,
+        share_parameters=saved.shares.parameters,
+        share_bytes=saved.shares.bytes,
+        share_expert_parameters=saved.shares.expert_parameters,
         loader=f"{loader}.from_pretrained(folder)",
         dtype=loaded.dtype if answer is None else answer["dtype"],
         format=saved.format,

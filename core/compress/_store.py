@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from core.compress._layout import file_entries, file_tensors, quantization_config
+from core.compress._report import Shares
 from core.compress._targets import targets
 from core.errors import CannotCompress
 from core.models.checkpoint import fingerprint
@@ -43,11 +46,8 @@ class SavedFiles:
     """By formula, before writing."""
     parameters: int
     """Tied tensors once."""
-    touched_parameters: int
-    touched_bytes: int
-    """Bytes of the touched parameters before the recipe."""
-    bytes_before: int
-    """Of all parameters before the recipe."""
+    shares: Shares
+    """How much of the model before the recipe was touched."""
     format: str
     """What the weights are stored as, e.g. ``int4 g32 affine + float8_e4m3fn`` or ``bfloat16``."""
     fingerprint: str
@@ -70,16 +70,16 @@ def save_variant(
     loaded: LoadedModel,
     folder: Path,
     *,
-    touched: frozenset[str],
-    bytes_before: dict[str, int],
+    frame: pd.DataFrame,
     provenance: dict[str, Any],
 ) -> SavedFiles:
     """Write the model so that plain ``from_pretrained`` loads it; ``folder`` appears complete or not at all.
 
-    ``touched`` and ``bytes_before`` are by module (see ``Target.module``). ``provenance`` becomes
+    ``frame`` is the recipe's table (``_report.table``) and must account for every parameter. ``provenance`` becomes
     ``slimscope.json``, its ``recipe`` also ``recipe.json``. Raises ``CannotCompress`` when the folder exists or
     the disk has no room.
     """
+    sizes = _accounted(loaded, frame)
     expected = predicted_bytes(loaded)
     if folder.exists():
         raise CannotCompress(f"{folder} exists already; choose a folder that does not")
@@ -93,19 +93,25 @@ def save_variant(
         shutil.copymode(incoming / "config.json", incoming / WEIGHTS)
         _write_json(incoming / "recipe.json", provenance["recipe"])
         _write_json(incoming / "slimscope.json", provenance)
-    sizes = {t.module: p.numel() for t, p in zip(targets(loaded), loaded.model.parameters(), strict=True)}
     return SavedFiles(
         folder=folder,
         files=tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())),
         bytes=(folder / WEIGHTS).stat().st_size,
         predicted_bytes=expected,
-        parameters=sum(sizes.values()),
-        touched_parameters=sum(sizes[module] for module in touched),
-        touched_bytes=sum(bytes_before[module] for module in touched),
-        bytes_before=sum(bytes_before.values()),
+        parameters=sizes,
+        shares=Shares.of(frame),
         format=format_name(loaded),
         fingerprint=fingerprint(folder),
     )
+
+
+def _accounted(loaded: LoadedModel, frame: pd.DataFrame) -> int:
+    """The number of parameters, tied ones once; every one of them must be in the table, with the size it has."""
+    sizes = {t.module: p.numel() for t, p in zip(targets(loaded), loaded.model.parameters(), strict=True)}
+    listed = dict(zip(frame["module"], frame["parameters"].astype(int), strict=True))
+    wrong = [name for name in {*sizes, *listed} if sizes.get(name, 0) != listed.get(name, 0)]
+    assert not wrong, f"the recipe's table and the model disagree on the size of {sorted(wrong)[:3]}"
+    return sum(sizes.values())
 
 
 def add_to_provenance(folder: Path, **entries: Any) -> None:

@@ -27,11 +27,4 @@ def apply(loaded: LoadedModel, method: str, **settings: Any) -> Result:
 
 def save(loaded: LoadedModel, result: Result, folder: Path) -> SavedFiles:
     """Write what ``apply`` made."""
-    frame = result.frame
-    return save_variant(
-        loaded,
-        folder,
-        touched=frozenset(frame.loc[frame["touched"], "module"]),
-        bytes_before=dict(zip(frame["module"], frame["bytes_before"].astype(int), strict=True)),
-        provenance={"recipe": {}},
-    )
+    return save_variant(loaded, folder, frame=result.frame, provenance={"recipe": {}})
