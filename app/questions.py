@@ -33,6 +33,7 @@ _NEED_WORDS: dict[Need, str] = {
     "encoder": "an encoder",
     "vision": "a vision model",
     "text": "text",
+    "heads": "plain attention heads in every layer",
     "moe": "experts",
     "dense": "a dense model",
     "cuda": "a CUDA device",

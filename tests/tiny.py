@@ -100,6 +100,84 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
             tie_word_embeddings=False,
         )
     ),
+    # A shared expert scaled by a sigmoid gate beside the routed ones, and a dense first layer.
+    "qwen2_moe": lambda: transformers.Qwen2MoeForCausalLM(
+        transformers.Qwen2MoeConfig(
+            **_MOE,
+            num_experts=4,
+            moe_intermediate_size=64,
+            shared_expert_intermediate_size=96,
+            mlp_only_layers=[0],
+            tie_word_embeddings=False,
+        )
+    ),
+    # Everything that Granite multiplies by: embeddings, attention scores, residual writes; and logits divided by 3.
+    "granitemoe": lambda: transformers.GraniteMoeForCausalLM(
+        transformers.GraniteMoeConfig(
+            **_MOE,
+            num_local_experts=4,
+            embedding_multiplier=6.0,
+            residual_multiplier=0.4,
+            attention_multiplier=0.1,
+            logits_scaling=3.0,
+            tie_word_embeddings=True,
+        )
+    ),
+    # Transposed and interleaved experts with biases; a learned sink in every softmax; a window in every second layer.
+    "gpt_oss": lambda: transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(
+            **{**_MOE, "intermediate_size": 64},
+            head_dim=32,
+            num_local_experts=4,
+            sliding_window=16,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=False,
+        )
+    ),
+    # Latent attention; sigmoid scores, a bias for the choice alone, 4 groups of which 2 are taken; a dense first layer.
+    "deepseek_v3": lambda: transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(
+            **{**_MOE, "num_key_value_heads": HEADS},
+            n_routed_experts=8,
+            n_group=4,
+            topk_group=2,
+            moe_intermediate_size=64,
+            n_shared_experts=1,
+            routed_scaling_factor=2.5,
+            first_k_dense_replace=1,
+            q_lora_rank=48,
+            kv_lora_rank=40,
+            qk_rope_head_dim=16,
+            qk_nope_head_dim=24,
+            v_head_dim=32,
+            tie_word_embeddings=False,
+        )
+    ),
+    # Mamba, attention, Mamba; experts in the first and last layer.
+    "jamba": lambda: transformers.JambaForCausalLM(
+        transformers.JambaConfig(
+            **_MOE,
+            num_experts=4,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            expert_layer_period=2,
+            expert_layer_offset=0,
+            mamba_d_state=8,
+            tie_word_embeddings=False,
+        )
+    ),
+    # Experts whose inputs are scaled by the routing weight, all of them computed for every token.
+    "llama4": lambda: transformers.Llama4ForCausalLM(
+        transformers.Llama4TextConfig(
+            **{**_MOE, "intermediate_size": 64},
+            intermediate_size_mlp=D_FF,
+            head_dim=32,
+            num_local_experts=4,
+            interleave_moe_layer_step=2,
+            attention_chunk_size=32,
+            tie_word_embeddings=False,
+        )
+    ),
     "vit": lambda: transformers.ViTForImageClassification(
         transformers.ViTConfig(
             hidden_size=D_MODEL,
@@ -139,9 +217,19 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
 }
 SPECIAL_VISION: tuple[str, ...] = ("deit", "dinov2_registers")
 """Vision models with further special tokens, for the tests of anatomy and vision; other tests walk ``FAMILIES``."""
-FAMILIES: tuple[str, ...] = tuple(name for name in _BUILDERS if name not in SPECIAL_VISION)
+HEADLESS: tuple[str, ...] = ("gpt_oss", "deepseek_v3", "jamba")
+"""Decoders without plain attention heads in every layer: probes of heads refuse them."""
+SHIMMED: tuple[str, ...] = ("llama4",)
+"""Decoders whose experts are not called with a decision, so that it is read by a shim."""
+FAMILIES: tuple[str, ...] = tuple(
+    name for name in _BUILDERS if name not in (*SPECIAL_VISION, *HEADLESS, *SHIMMED)
+)
+"""What every test of anatomy, heads, capture, compression and opening walks over."""
 DECODERS: tuple[str, ...] = tuple(name for name in FAMILIES if name not in ("bert", "vit"))
-MOE: tuple[str, ...] = ("mixtral", "olmoe", "qwen3_moe")
+MOE_DECODERS: tuple[str, ...] = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "granitemoe")
+"""Mixtures of experts among ``DECODERS``."""
+MOE: tuple[str, ...] = (*MOE_DECODERS, *HEADLESS)
+"""Every mixture of experts whose experts are called with the decision."""
 
 
 def tiny_folder(family: str, folder: Path, *, seed: int = 0) -> Path:
@@ -174,7 +262,8 @@ def _redraw(model: Any, seed: int) -> None:
     """Give every parameter a wide random value, so that each of them matters to the output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        biases = ((name, b) for name, b in model.named_buffers() if name.endswith("e_score_correction_bias"))
+        for name, parameter in (*model.named_parameters(), *biases):
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim >= 2:
                 parameter.copy_(noise / D_MODEL**0.5)

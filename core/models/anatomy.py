@@ -16,6 +16,10 @@ Fusion = Literal["separate", "concatenated", "per_head"]
 [q k v] head by head (GPT-NeoX)."""
 NormPlace = Literal["pre", "post", "sandwich"]
 """Norms before each sublayer (most decoders), after each addition (BERT), or before and after (Gemma-2)."""
+Mixer = Literal["heads", "sink_heads", "latent", "mamba"]
+"""What moves values between positions: heads with a q, k and v each; the same with a learned sink that takes part of
+every softmax (gpt-oss); heads whose keys and values are unpacked from one latent (DeepSeek's MLA); or a state-space
+recurrence without heads (Mamba)."""
 Path = str
 """Dotted module path, as ``model.get_submodule`` takes it."""
 
@@ -27,13 +31,13 @@ class Block:
     index: int
     path: Path
     attention: Path
-    """The attention module; its output is a tuple (output, pattern)."""
+    """The attention module, whose output is a tuple (output, pattern); a Mamba layer's mixer, whose output is a tensor."""
     q: Path
     k: Path
     v: Path
-    """Equal to ``q`` and ``k`` when ``fusion`` is not ``separate``."""
+    """Equal to ``q`` and ``k`` when ``fusion`` is not ``separate``. Without heads (see ``mixer``), what reads instead."""
     o: Path
-    """Its input is [batch, position, n_heads · head_dim]: all heads' weighted values side by side."""
+    """Its input is [batch, position, n_heads · head_dim]: all heads' weighted values side by side (but for Mamba)."""
     attention_norm: Path
     """Pre-norm: before attention. Post-norm: after attention was added to the residual."""
     mlp_norm: Path
@@ -52,6 +56,16 @@ class Block:
     experts: Path | None = None
     """The fused experts' module, called with (hidden, chosen experts, routing weights)."""
     shared_expert: Path | None = None
+    mixer: Mixer = "heads"
+    latent: int = 0
+    """Numbers a latent attention keeps in its cache per position."""
+    state: int = 0
+    """Numbers a Mamba layer keeps in its cache, however long the text."""
+
+    @property
+    def has_pattern(self) -> bool:
+        """Whether its output is a sum over heads of an attention pattern times that head's values."""
+        return self.mixer in ("heads", "sink_heads")
 
     @property
     def is_moe(self) -> bool:
@@ -111,7 +125,11 @@ class Anatomy:
     experts_per_token: int
     parallel_residual: bool
     """Attention and MLP read the same residual (GPT-NeoX)."""
+    residual_scale: float
+    """What attention and MLP put out is multiplied by this before it is added to the stream (Granite)."""
     logit_scale: float
+    logit_divisor: float
+    """Logits are divided by this (Granite); ``logit_scale`` has it in it, to rounding."""
     logit_softcap: float | None
     attention_softcap: float | None
 
@@ -119,6 +137,11 @@ class Anatomy:
     def n_layers(self) -> int:
         """Number of transformer layers."""
         return len(self.blocks)
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether every layer attends by heads with a q, k, v and softmax of their own; what reads heads needs it."""
+        return all(block.mixer == "heads" for block in self.blocks)
 
     def kv_head(self, head: int) -> int:
         """The key/value head that query head ``head`` reads: ⌊head · n_kv_heads / n_heads⌋."""

@@ -14,9 +14,12 @@ from core.models.anatomy_layouts import (
     ATTENTION,
     FINAL_NORMS,
     MLP,
+    MOE_BLOCKS,
     POSITIONS,
     ROUTERS,
+    SCALED_INPUT_EXPERTS,
     SHARED_EXPERTS,
+    UNSUPPORTED_EXPERTS,
     AttentionLayout,
 )
 from core.models.patch_grid import patch_grid
@@ -31,10 +34,16 @@ def find_anatomy(model: Any) -> Anatomy:
     config = model.config.get_text_config()
     architecture = type(model).__name__
     _refuse_unsupported(config, architecture)
+    _refuse_experts(model)
     stack_path, layers = _find_stack(model, config.num_hidden_layers)
-    attention = _match_attention(layers[0], f"{stack_path}.0", architecture)
+    paths = [f"{stack_path}.{index}" for index in range(len(layers))]
+    layouts = [_match_attention(layer, path, architecture) for layer, path in zip(layers, paths, strict=True)]
+    # Jamba's layers differ in their mixer; all else is the same in every layer.
+    with_heads = next((index for index, layout in enumerate(layouts) if layout.mixer == "heads"), 0)
+    attention = layouts[with_heads]
     blocks = tuple(
-        _block(layer, index, f"{stack_path}.{index}", attention) for index, layer in enumerate(layers)
+        _block(layer, index, path, layout)
+        for index, (layer, path, layout) in enumerate(zip(layers, paths, layouts, strict=True))
     )
     family = _family(model, attention)
     base = stack_path.rpartition(".")[0]
@@ -44,7 +53,8 @@ def find_anatomy(model: Any) -> Anatomy:
     head = _head(model)
     n_heads = config.num_attention_heads
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
-    head_dim = _head_dim(model, blocks[0], attention.fusion, n_heads, n_kv_heads)
+    head_dim = _head_dim(model, blocks[with_heads], attention.fusion, n_heads, n_kv_heads)
+    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
     n_experts, experts_per_token = _moe_facts(model, config, blocks)
     embedding_module = model.get_submodule(embedding)
     return Anatomy(
@@ -52,7 +62,9 @@ def find_anatomy(model: Any) -> Anatomy:
         architecture=architecture,
         family=family,
         embedding=embedding,
-        embedding_scale=float(getattr(embedding_module, "scalar_embed_scale", 1.0)),
+        embedding_scale=float(
+            getattr(embedding_module, "scalar_embed_scale", getattr(config, "embedding_multiplier", 1.0))
+        ),
         position_embedding=position_embedding,
         position_offset=int(getattr(_submodule(model, position_embedding), "offset", 0)),
         token_type_embedding=_path_or_none(model, _join(around, "embeddings.token_type_embeddings")),
@@ -78,7 +90,9 @@ def find_anatomy(model: Any) -> Anatomy:
         n_experts=n_experts,
         experts_per_token=experts_per_token,
         parallel_residual=bool(getattr(config, "use_parallel_residual", False)),
-        logit_scale=float(getattr(config, "logit_scale", None) or 1.0),
+        residual_scale=float(getattr(config, "residual_multiplier", 1.0)),
+        logit_scale=float(getattr(config, "logit_scale", None) or 1.0) / divisor,
+        logit_divisor=divisor,
         logit_softcap=getattr(config, "final_logit_softcapping", None),
         attention_softcap=getattr(config, "attn_logit_softcapping", None),
     )
@@ -95,6 +109,16 @@ def _refuse_unsupported(config: Any, architecture: str) -> None:
             f"{architecture}: project_in/project_out and norms after the sublayer (OPT-350m) are not supported; "
             "open another size of OPT"
         )
+
+
+def _refuse_experts(model: Any) -> None:
+    """Refuse mixtures of experts that are known not to fit, by name and with the reason."""
+    for path, module in model.named_modules():
+        name = type(module).__name__
+        if name in UNSUPPORTED_EXPERTS:
+            raise CannotOpen(
+                f"{path}: {name} {UNSUPPORTED_EXPERTS[name]}; this mixture of experts is not supported"
+            )
 
 
 def _find_stack(model: Any, n_layers: int) -> tuple[str, Any]:
@@ -142,18 +166,32 @@ def _block(layer: Any, index: int, path: str, layout: AttentionLayout) -> Block:
         attention_norm=f"{path}.{layout.norms[0]}",
         mlp_norm=f"{path}.{layout.norms[1]}",
         attention_write=f"{path}.{write}",
+        mixer="sink_heads" if hasattr(layer.get_submodule(layout.attention), "sinks") else layout.mixer,
+        **_cache_facts(layer.get_submodule(layout.attention), layout),
         **{**mlp, "mlp_write": mlp_write},
     )
 
 
+def _cache_facts(mixer: Any, layout: AttentionLayout) -> dict[str, Any]:
+    """What a mixer without plain keys and values keeps for the next token, in numbers."""
+    if layout.mixer == "latent":
+        return {"latent": mixer.kv_lora_rank + mixer.qk_rope_head_dim}
+    if layout.mixer == "mamba":
+        width = mixer.ssm_state_size + mixer.conv_kernel_size
+        return {"state": mixer.intermediate_size * width}
+    return {}
+
+
 def _mlp_parts(layer: Any, path: str) -> dict[str, Any]:
     """The MLP fields of a ``Block``: a mixture of experts if the layer has one, else a dense MLP."""
-    moe = _submodule(layer, "mlp")
-    if moe is not None and _submodule(moe, "experts") is not None:
-        base = f"{path}.mlp"
+    place = next((name for name in MOE_BLOCKS if _submodule(layer, f"{name}.experts") is not None), None)
+    if place is not None:
+        base = f"{path}.{place}"
+        moe = layer.get_submodule(place)
         router = _first_present(moe, "", ROUTERS)
         # Every fused experts module of transformers carries the activation hook of its shared contract.
-        if router is None or not hasattr(moe.experts, "_apply_gate"):
+        known = hasattr(moe.experts, "_apply_gate") or type(moe.experts).__name__ in SCALED_INPUT_EXPERTS
+        if router is None or not known:
             raise CannotOpen(
                 f"{base}: {type(moe.experts).__name__} is not a fused experts module with a router named "
                 f"{' or '.join(ROUTERS)}; this mixture of experts is not supported"
@@ -179,7 +217,8 @@ def _mlp_parts(layer: Any, path: str) -> dict[str, Any]:
                 "up": f"{path}.{layout.up}",
                 "down": f"{path}.{layout.down}",
             }
-    children = ", ".join(name for name, _ in (moe or layer).named_children())
+    mlp = _submodule(layer, "mlp") or layer
+    children = ", ".join(name for name, _ in mlp.named_children())
     raise CannotOpen(f"{path}: the MLP ({children}) has no known layout; this architecture is not supported")
 
 
@@ -217,7 +256,12 @@ def _final_norm(model: Any, base: str, around: str, layout: AttentionLayout) -> 
 
 
 def _head_dim(model: Any, block: Block, fusion: Fusion, n_heads: int, n_kv_heads: int) -> int:
-    """Read the head size off the projection's rows; refuse rows that do not divide into the config's heads."""
+    """Read the head size off the projection's rows; refuse rows that do not divide into the config's heads.
+
+    Latent attention has queries of another size: there it is what o reads of each head.
+    """
+    if not block.has_pattern:
+        return int(model.get_submodule(block.o).in_features) // n_heads
     rows = _out_features(model.get_submodule(block.q))
     parts = n_heads if fusion == "separate" else n_heads + 2 * n_kv_heads
     if rows % parts:
@@ -237,7 +281,8 @@ def _d_ff(model: Any, blocks: tuple[Block, ...]) -> int:
     for block in blocks:
         if block.up is not None:
             return _out_features(model.get_submodule(block.up))
-    return int(model.get_submodule(blocks[0].experts).intermediate_dim)
+    experts = model.get_submodule(blocks[0].experts)
+    return int(getattr(experts, "intermediate_dim", 0) or experts.intermediate_size)
 
 
 def _moe_facts(model: Any, config: Any, blocks: tuple[Block, ...]) -> tuple[int, int]:
@@ -261,7 +306,11 @@ def _windows(config: Any, n_layers: int) -> tuple[int | None, ...]:
     types = getattr(config, "layer_types", None)
     if types is None:
         return (window,) * n_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+    looks_back = {
+        "sliding_attention": window,
+        "chunked_attention": getattr(config, "attention_chunk_size", None),
+    }
+    return tuple(looks_back.get(kind) for kind in types)
 
 
 def _context_length(config: Any, family: Family) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from core.models.anatomy import Fusion, NormPlace
+from core.models.anatomy import Fusion, Mixer, NormPlace
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class AttentionLayout:
     """What attention adds to the residual, if not the attention module's own output."""
     mlp_write: str = ""
     """The same for the MLP."""
+    mixer: Mixer = "heads"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,27 @@ ATTENTION = (
     ),
     # Llama, Mistral, Qwen, Mixtral, OLMoE
     AttentionLayout("self_attn", *_QKV, norms=("input_layernorm", "post_attention_layernorm")),
+    # Jamba: attention in some layers, Mamba in the others
+    AttentionLayout("self_attn", *_QKV, norms=("input_layernorm", "pre_ff_layernorm")),
+    AttentionLayout(
+        "mamba",
+        *3 * ("mamba.in_proj",),
+        "mamba.out_proj",
+        norms=("input_layernorm", "pre_ff_layernorm"),
+        mixer="mamba",
+    ),
+    # DeepSeek: keys and values unpacked from a latent; queries too, where there is a q_lora_rank
+    *(
+        AttentionLayout(
+            "self_attn",
+            f"self_attn.{query}",
+            *2 * ("self_attn.kv_b_proj",),
+            "self_attn.o_proj",
+            norms=("input_layernorm", "post_attention_layernorm"),
+            mixer="latent",
+        )
+        for query in ("q_b_proj", "q_proj")
+    ),
     # GPT-2
     AttentionLayout(
         "attn", *3 * ("attn.c_attn",), "attn.c_proj", norms=("ln_1", "ln_2"), fusion="concatenated"
@@ -108,16 +130,21 @@ ATTENTION = (
 )
 MLP = (
     MlpLayout("mlp", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    MlpLayout("feed_forward", "feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj"),
     MlpLayout("mlp", None, "mlp.c_fc", "mlp.c_proj"),
     MlpLayout("mlp", None, "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
     MlpLayout("mlp", None, "mlp.fc1", "mlp.fc2"),
     MlpLayout(None, None, "fc1", "fc2"),
     MlpLayout(None, None, "intermediate.dense", "output.dense"),
 )
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "layernorm")
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "layernorm")
 POSITIONS = ("wpe", "embed_positions", "embeddings.position_embeddings")
+MOE_BLOCKS = ("mlp", "feed_forward", "block_sparse_moe")
+"""What layers call the module that holds router and experts."""
 ROUTERS = ("gate", "router")
 SHARED_EXPERTS = ("shared_expert", "shared_experts")
+SCALED_INPUT_EXPERTS = ("Llama4TextExperts",)
+"""Experts modules called with every expert's inputs, already scaled by the routing weights (0: not chosen)."""
 UNSUPPORTED_EXPERTS: dict[str, str] = {
     "JetMoeMoE": "sorts tokens by expert inside its router and is one of two mixtures in each layer, attention the other",
     "SwitchTransformersSparseMLP": "drops tokens over an expert's capacity and is part of an encoder–decoder",

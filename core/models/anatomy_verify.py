@@ -4,21 +4,21 @@ Run at load on a few seeded positions. One side of each identity is what the mod
 plain tensor algebra from the anatomy's paths and facts. A post-norm encoder has no telescoping sum, as each
 addition is normed: there every addition is checked with its norm instead, and the lens only where there is a head.
 
-Legend: ``T`` batch · position, ``D`` d_model, ``H`` head, ``K`` head_dim, ``N`` neuron, ``E`` expert.
+Legend: ``T`` batch · position, ``D`` d_model, ``H`` head, ``K`` head_dim, ``N`` neuron.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from core.errors import AnatomyMismatch
 from core.lazy import torch
 from core.models.anatomy import Anatomy, Block
-from core.models.anatomy_trace import Trace, trace_seeded
+from core.models.anatomy_experts import activation_function, check_experts
+from core.models.anatomy_trace import Check, Trace, trace_seeded
 from core.models.readout import unembed
 from core.models.weights import neuron_weight, output_weight, split_heads, to_query_heads
 
@@ -28,17 +28,6 @@ if TYPE_CHECKING:
 TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest allowed ‖got − expected‖₂ / ‖expected‖₂ of any position: rounding of the same sums in another order.
 RMS norms and routers work in float32 even in a float64 model."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One identity at one module: two tensors [T, …] that must be equal, bit for bit when ``exact``."""
-
-    name: str
-    module: str
-    got: Tensor
-    expected: Tensor
-    exact: bool = False
 
 
 def verify_anatomy(model: Any, anatomy: Anatomy) -> dict[str, float]:
@@ -106,8 +95,8 @@ def _check_residual(model: Any, anatomy: Anatomy, trace: Trace) -> Iterator[Chec
     total = _wide(stream)
     for block in anatomy.blocks:
         # OPT's MLP works on flattened positions, so writes take the stream's shape.
-        attention = trace.output[block.attention_write].view_as(stream)
-        mlp = trace.output[block.mlp_write].view_as(stream)
+        attention = trace.output[block.attention_write].view_as(stream) * anatomy.residual_scale
+        mlp = trace.output[block.mlp_write].view_as(stream) * anatomy.residual_scale
         yield Check("blocks are chained", block.path, trace.fed[block.path], stream, exact=True)
         middle = stream + attention
         if anatomy.norm_place == "post":
@@ -162,8 +151,8 @@ def _normed(norm: Any, stream: Tensor, offset: float) -> Tensor:
 
 
 def _check_heads(model: Any, anatomy: Anatomy, trace: Trace) -> Iterator[Check]:
-    """Identity 4: Σ_h A_h V_h W_O^h + b_O is what attention gives."""
-    for block in anatomy.blocks:
+    """Identity 4: Σ_h A_h V_h W_O^h + b_O is what attention gives. Latents and Mamba layers claim nothing of it."""
+    for block in (block for block in anatomy.blocks if block.has_pattern):
         values = to_query_heads(anatomy, split_heads(anatomy, trace.output[block.v], "v"))
         mixed = torch.einsum("bhqp,bphk->bqhk", trace.pattern[block.attention], values)
         summed = torch.einsum("bqhk,hkd->bqd", mixed, output_weight(model, anatomy, block))
@@ -178,7 +167,7 @@ def _check_heads(model: Any, anatomy: Anatomy, trace: Trace) -> Iterator[Check]:
 def _check_mlp(model: Any, anatomy: Anatomy, trace: Trace) -> Iterator[Check]:
     """Identity 6 for a dense MLP, 19 for a mixture of experts."""
     for block in anatomy.blocks:
-        yield from (_check_experts if block.is_moe else _check_neurons)(model, anatomy, block, trace)
+        yield from (check_experts if block.is_moe else _check_neurons)(model, anatomy, block, trace)
 
 
 def _check_neurons(model: Any, anatomy: Anatomy, block: Block, trace: Trace) -> Iterator[Check]:
@@ -186,7 +175,7 @@ def _check_neurons(model: Any, anatomy: Anatomy, block: Block, trace: Trace) -> 
     assert block.down is not None
     read = trace.fed[block.up]
     neurons = model.get_submodule(block.up)(read)
-    activation = _activation(anatomy.activation)
+    activation = activation_function(anatomy.activation)
     if block.gate is None:
         neurons = activation(neurons)
     else:
@@ -194,43 +183,6 @@ def _check_neurons(model: Any, anatomy: Anatomy, block: Block, trace: Trace) -> 
     yield Check("neurons are act(gate) ⊙ up", block.up, neurons, trace.fed[block.down])
     summed = _biased(model, block.down, trace.fed[block.down] @ neuron_weight(model, block))
     yield Check("neurons sum to MLP output", block.down, summed, trace.output[block.mlp or block.down])
-
-
-def _check_experts(model: Any, anatomy: Anatomy, block: Block, trace: Trace) -> Iterator[Check]:
-    """Σ_e w_e E_e(x) (+ shared expert) is what the block gives; the choice is the model's own, never recomputed."""
-    assert block.experts is not None
-    assert block.mlp is not None
-    experts = model.get_submodule(block.experts)
-    chosen_TE, weight_TE = trace.chosen[block.experts], trace.routing_weight[block.experts]
-    read_TD = trace.fed[block.experts]
-    distinct = torch.tensor([len(set(row)) for row in chosen_TE.tolist()], dtype=torch.float32)
-    wanted = torch.full_like(distinct, anatomy.experts_per_token)
-    yield Check(
-        "each token has its number of distinct experts", block.experts, distinct[:, None], wanted[:, None]
-    )
-    summed_TD = torch.zeros_like(read_TD)
-    for token, (row, weights) in enumerate(zip(chosen_TE.tolist(), weight_TE, strict=True)):
-        for expert, weight in zip(row, weights, strict=True):
-            summed_TD[token] += weight * _expert(experts, expert, read_TD[token], anatomy.activation)
-    given = trace.output[block.experts]
-    yield Check("weighted experts sum to their output", block.experts, summed_TD, given)
-    if block.shared_expert is not None:
-        summed_TD = summed_TD + _shared(model, block, trace.fed[block.mlp]).view_as(summed_TD)
-    yield Check("experts sum to MLP output", block.mlp, summed_TD, trace.output[block.mlp].view_as(summed_TD))
-
-
-def _expert(experts: Any, index: int, token_D: Tensor, activation: str) -> Tensor:
-    gate_N, up_N = (experts.gate_up_proj[index] @ token_D).chunk(2)
-    out_D: Tensor = experts.down_proj[index] @ (_activation(activation)(gate_N) * up_N)
-    return out_D
-
-
-def _shared(model: Any, block: Block, read: Tensor) -> Tensor:
-    """A shared expert sees every token; Qwen2-MoE scales it by a sigmoid gate beside it."""
-    assert block.shared_expert is not None
-    shared: Tensor = model.get_submodule(block.shared_expert)(read)
-    gate = getattr(model.get_submodule(str(block.mlp)), "shared_expert_gate", None)
-    return shared if gate is None else torch.sigmoid(gate(read)) * shared
 
 
 def _check_lens(model: Any, anatomy: Anatomy, trace: Trace) -> Iterator[Check]:
@@ -242,12 +194,6 @@ def _check_lens(model: Any, anatomy: Anatomy, trace: Trace) -> Iterator[Check]:
     yield Check(
         "lens at the last layer gives the logits", anatomy.unembedding, logits, trace.logits, exact=True
     )
-
-
-def _activation(name: str) -> Any:
-    from transformers.activations import ACT2FN
-
-    return ACT2FN[name]
 
 
 def _biased(model: Any, path: str, product: Tensor) -> Tensor:

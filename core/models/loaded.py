@@ -80,6 +80,8 @@ class LoadedModel:
         if self.tokenizer is not None:
             found.add("text")
         found.add("moe" if self.anatomy.n_experts else "dense")
+        if self.anatomy.has_heads:
+            found.add("heads")
         if self.device.startswith("cuda"):
             found.add("cuda")
         return frozenset(found)

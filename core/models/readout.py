@@ -33,7 +33,9 @@ def unembed(model: Any, anatomy: Anatomy, residual: Tensor) -> Tensor:
 
 def finish_logits(anatomy: Anatomy, logits: Tensor) -> Tensor:
     """Apply the logit scale and softcap in the order the models do: logits → softcap · tanh(logits / softcap)."""
-    if anatomy.logit_scale != 1.0:
+    if anatomy.logit_divisor != 1.0:
+        logits = logits / anatomy.logit_divisor
+    elif anatomy.logit_scale != 1.0:
         logits = logits * anatomy.logit_scale
     if anatomy.logit_softcap is not None:
         logits = torch.tanh(logits / anatomy.logit_softcap) * anatomy.logit_softcap

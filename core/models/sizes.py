@@ -52,6 +52,8 @@ class ModelCard:
     device: str
     parameters: int
     """Tied tensors once."""
+    active_parameters: int
+    """What one token passes: all but the experts it does not choose."""
     bytes: int
     """In memory, in ``dtype``."""
     file_bytes: int
@@ -83,6 +85,7 @@ def model_card(loaded: LoadedModel) -> ModelCard:
         dtype=loaded.dtype,
         device=loaded.device,
         parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        active_parameters=active_parameters(loaded),
         bytes=loaded.nbytes,
         file_bytes=sum(file.stat().st_size for file in weight_files(loaded.folder)),
         offers=loaded.offers,
@@ -92,6 +95,20 @@ def model_card(loaded: LoadedModel) -> ModelCard:
         predicted=predicted_bytes(loaded),
         kv_cache=_kv_cache_frame(anatomy, loaded.model.dtype.itemsize),
     )
+
+
+def active_parameters(loaded: LoadedModel) -> int:
+    """Parameters that one token passes: all, less the routed experts it does not choose.
+
+    Embedding and head count whole. Every expert of a model has the same shapes, so a token's choice does not matter.
+    """
+    anatomy = loaded.anatomy
+    total = sum(int(parameter.numel()) for parameter in loaded.model.parameters())
+    for block in anatomy.blocks:
+        if block.experts is not None:
+            of_experts = sum(int(p.numel()) for p in loaded.model.get_submodule(block.experts).parameters())
+            total -= of_experts // anatomy.n_experts * (anatomy.n_experts - anatomy.experts_per_token)
+    return total
 
 
 def component_sizes(loaded: LoadedModel) -> pd.DataFrame:
@@ -165,14 +182,22 @@ def _inside(name: str, path: str) -> bool:
 
 
 def kv_cache_bytes(anatomy: Anatomy, *, dtype_bytes: int, context: int) -> int:
-    """Bytes of the keys and values of ``context`` positions, batch 1: Σ_layers 2 · G · K · min(context, window).
+    """Bytes of what layers keep of ``context`` positions, batch 1: Σ_layers 2 · G · K · min(context, window).
 
-    G key/value heads, K the explicit head_dim. 0 for a model that does not decode.
+    G key/value heads, K the explicit head_dim. A latent attention keeps its latent per position instead, a Mamba layer
+    one state of a fixed size. 0 for a model that does not decode.
     """
     if anatomy.family != "decoder":
         return 0
-    positions = sum(min(context, window or context) for window in anatomy.windows)
-    return 2 * anatomy.n_kv_heads * anatomy.head_dim * positions * dtype_bytes
+    numbers = 0
+    for block, window in zip(anatomy.blocks, anatomy.windows, strict=True):
+        if block.mixer == "mamba":
+            numbers += block.state
+        else:
+            numbers += (block.latent or 2 * anatomy.n_kv_heads * anatomy.head_dim) * min(
+                context, window or context
+            )
+    return numbers * dtype_bytes
 
 
 def kv_cache_bytes_per_token(anatomy: Anatomy, *, dtype_bytes: int, context: int) -> int:

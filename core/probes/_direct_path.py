@@ -43,7 +43,7 @@ def sent(loaded: LoadedModel, source: Recording, base: Recording, head: Head) ->
     if loaded.anatomy.norm_place == "sandwich":
         after_norm = loaded.model.get_submodule(block.attention_write)
         written = [after_norm(out) for out in written]
-    return written[0] - written[1]
+    return (written[0] - written[1]) * loaded.anatomy.residual_scale
 
 
 def received(

@@ -148,7 +148,7 @@ def _to_unembedding(loaded: LoadedModel, seen: HeadOnPrompt, query: int) -> Tens
     """The head's writes [P, D] as the unembedding meets them: through the norms that follow, frozen at the query."""
     model, anatomy = loaded.model, loaded.anatomy
     final_D = seen.recording.at("residual", anatomy.n_layers)[query]
-    rows_PD = seen.written_PD.double()
+    rows_PD = seen.written_PD.double() * anatomy.residual_scale
     steps: list[tuple[str, Tensor, Tensor]] = []
     if anatomy.norm_place == "sandwich":
         path = anatomy.blocks[seen.layer].attention_write

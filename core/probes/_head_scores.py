@@ -92,7 +92,7 @@ def value_norms(loaded: LoadedModel, block: Block, v_BPX: Tensor) -> Tensor:
     # ‖v W‖² = v (W Wᵀ) vᵀ: head_dim² numbers per head instead of d_model per position.
     v_BHPK = v_BHPK.to(o_HKD.dtype)
     squared_BHP: Tensor = torch.linalg.vecdot(v_BHPK @ (o_HKD @ o_HKD.mT), v_BHPK)
-    return squared_BHP.clamp(min=0).sqrt()
+    return squared_BHP.clamp(min=0).sqrt() * anatomy.residual_scale
 
 
 def check_head(loaded: LoadedModel, layer: int, head: int) -> None:

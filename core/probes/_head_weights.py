@@ -38,7 +38,7 @@ class HeadWeights:
 def head_weights(model: Any, anatomy: Anatomy, block: Block) -> HeadWeights:
     """The folded weights of one layer's heads; key/value heads are repeated for their query heads."""
     o_ID = dense_weight(model.get_submodule(block.o))
-    o_HKD = o_ID.view(anatomy.n_heads, anatomy.head_dim, anatomy.d_model)
+    o_HKD = o_ID.view(anatomy.n_heads, anatomy.head_dim, anatomy.d_model) * anatomy.residual_scale
     if anatomy.norm_place == "sandwich":
         o_HKD = write_through(model, anatomy, block.attention_write, o_HKD)
 

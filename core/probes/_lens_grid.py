@@ -186,7 +186,7 @@ def _forward(
         return residual_BPD[0, start:].clone() if path in kept else None
 
     def keep_write(path: str, write: Tensor) -> Tensor:
-        return write.reshape(-1, loaded.anatomy.d_model)[start:].clone()
+        return write.reshape(-1, loaded.anatomy.d_model)[start:] * loaded.anatomy.residual_scale
 
     writes = [blocks[layer].attention_write for layer in halves]
     with (

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from core.lazy import torch
+from core.models.experts import down_bias, down_weight
 from core.models.weights import input_first, neuron_weight
 from core.probes._norm_fold import FrozenNorm, freeze, project
-from core.probes._residual_parts import ResidualParts, Written, expert_neurons
+from core.probes._residual_parts import ResidualParts, Written, weighted_neurons
 from core.probes._targets import Token
 
 if TYPE_CHECKING:
@@ -151,15 +152,16 @@ def _mlp(loaded: LoadedModel, written: Written, stream_D: Tensor) -> tuple[list[
     routed = written.routed
     assert routed is not None
     experts = model.get_submodule(str(block.experts))
-    values_EN = expert_neurons(experts, routed, loaded.anatomy.activation)
-    found = [
-        _weigh(block.index, expert, values_N, experts.down_proj[expert].T, direction_D)
-        for expert, values_N in zip(routed.chosen_E.tolist(), values_EN, strict=True)
-    ]
-    parts = [
-        Part(f"L{n.layer} expert {n.expert}", "expert", n.layer, None, float(n.contribution_N.sum()))
-        for n in found
-    ]
+    values_EN = weighted_neurons(experts, routed)
+    found = []
+    parts = []
+    for expert, weight, values_N in zip(routed.chosen_E.tolist(), routed.weight_E, values_EN, strict=True):
+        neurons = _weigh(block.index, expert, values_N, down_weight(experts, expert), direction_D)
+        bias_D = down_bias(experts, expert)
+        biased = 0.0 if bias_D is None else float(weight * bias_D.double() @ direction_D)
+        value = float(neurons.contribution_N.sum()) + biased
+        found.append(neurons)
+        parts.append(Part(f"L{block.index} expert {expert}", "expert", block.index, None, value))
     if block.shared_expert is not None:
         shared_D = written.mlp_fed_D.double() - routed.output_D.double()
         parts.append(
@@ -182,7 +184,7 @@ def _before_write(
 ) -> tuple[Tensor, float]:
     """The direction that a sublayer's own output is read along, and what an after-norm adds by itself."""
     if loaded.anatomy.norm_place != "sandwich":
-        return stream_D, 0.0
+        return stream_D * loaded.anatomy.residual_scale, 0.0
     norm = freeze_at(loaded, path, fed_D, written_D)
     return norm.pull(stream_D), norm.constant(stream_D)
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from core.capture import capture
+from core.errors import CannotMeasure
 from core.lazy import torch
 from core.models.anatomy import Anatomy, Block
+from core.models.experts import expert_neurons, is_scaled_input
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +45,7 @@ class Written:
     heads_HK: Tensor
     """Each head's weighted values, before W_O."""
     attention_D: Tensor
-    """What attention added to the stream."""
+    """What attention added to the stream, before ``anatomy.residual_scale``."""
     attention_fed_D: Tensor
     """Input of ``block.attention_write``: in a sandwich, attention before its after-norm."""
     mlp_D: Tensor
@@ -72,11 +74,21 @@ class ResidualParts:
 
 
 def residual_parts(loaded: LoadedModel, encoded: Encoded, position: int) -> ResidualParts:
-    """Run the model once and keep one position. Hold ``loaded.lock``, inside ``inference_mode``."""
+    """Run the model once and keep one position. Hold ``loaded.lock``, inside ``inference_mode``.
+
+    Raises ``CannotMeasure`` for experts that are not called with a decision (Llama-4).
+    """
     model, anatomy = loaded.model, loaded.anatomy
     blocks = anatomy.blocks
     assert anatomy.final_norm is not None
     assert anatomy.unembedding is not None
+
+    scaled = [b.experts for b in blocks if b.experts and is_scaled_input(model.get_submodule(b.experts))]
+    if scaled:
+        raise CannotMeasure(
+            f"{scaled[0]} computes every expert on inputs scaled by the routing weights, so what it wrote cannot be split by "
+            "expert and neuron; open a mixture of experts of another family"
+        )
 
     def keep(path: str, tensor: Tensor) -> Tensor:
         return tensor.reshape(-1, tensor.shape[-1])[position].clone()  # OPT's MLP flattens batch and position
@@ -140,12 +152,11 @@ def _position_row(model: Any, anatomy: Anatomy, position: int) -> Tensor | None:
     return row
 
 
-def expert_neurons(experts: Any, routed: Routed, activation: str) -> Tensor:
+def weighted_neurons(experts: Any, routed: Routed) -> Tensor:
     """Weighted neuron values of each chosen expert, [E, N]: what it writes is these times its down projection."""
-    from transformers.activations import ACT2FN
-
-    rows = []
-    for expert, weight in zip(routed.chosen_E.tolist(), routed.weight_E, strict=True):
-        gate_N, up_N = (experts.gate_up_proj[expert] @ routed.read_D).chunk(2)
-        rows.append(weight * ACT2FN[activation](gate_N) * up_N)
-    return torch.stack(rows)
+    return torch.stack(
+        [
+            weight * expert_neurons(experts, expert, routed.read_D)
+            for expert, weight in zip(routed.chosen_E.tolist(), routed.weight_E, strict=True)
+        ]
+    )

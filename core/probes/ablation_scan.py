@@ -78,7 +78,7 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: AblationScanSettings) -> Co
 @method(
     "probe",
     title="Ablation scan",
-    needs=["decoder", "text"],
+    needs=["decoder", "text", "heads"],
     paper="https://arxiv.org/abs/1905.10650",
     answers="Which heads matter?",
     examples=(

@@ -36,7 +36,7 @@ class ActivationPatchingSettings(PatchSettings):
 @method(
     "probe",
     title="Activation patching",
-    needs=["decoder", "text"],
+    needs=["decoder", "text", "heads"],
     paper="https://arxiv.org/abs/2211.00593",
     answers="Where is the fact?",
     cost=replay_cost,

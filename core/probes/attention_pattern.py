@@ -56,7 +56,7 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: AttentionPatternSettings) -
 @method(
     "probe",
     title="Attention pattern",
-    needs=["text"],
+    needs=["text", "heads"],
     paper="https://arxiv.org/abs/2004.10102",
     answers="Which heads matter?",
     examples=(

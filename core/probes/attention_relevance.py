@@ -64,6 +64,7 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: AttentionRelevanceSettings)
 @method(
     "probe",
     title="Attention relevance",
+    needs=["heads"],
     paper="https://arxiv.org/abs/2103.15679",
     answers="Why this token?",
     examples=(

@@ -57,6 +57,7 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: AttentionRolloutSettings) -
 @method(
     "probe",
     title="Attention rollout",
+    needs=["heads"],
     paper="https://arxiv.org/abs/2005.00928",
     answers="Why this token?",
     examples=(

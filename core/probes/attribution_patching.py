@@ -50,7 +50,7 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: AttributionPatchingSettings
 @method(
     "probe",
     title="Attribution patching",
-    needs=["decoder", "text"],
+    needs=["decoder", "text", "heads"],
     paper="https://arxiv.org/abs/2310.10348",
     answers="Which heads matter?",
     cost=_cost,

@@ -63,7 +63,7 @@ class DirectLogitAttributionSettings(Settings):
 @method(
     "probe",
     title="Direct logit attribution",
-    needs=["decoder", "text"],
+    needs=["decoder", "text", "heads"],
     paper="https://transformer-circuits.pub/2021/framework/index.html",
     answers="Why this token?",
     examples=(

@@ -68,7 +68,7 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: HeadReadingSettings) -> Cos
 @method(
     "probe",
     title="Head reading",
-    needs=["decoder", "text"],
+    needs=["decoder", "text", "heads"],
     paper="https://transformer-circuits.pub/2021/framework/index.html",
     answers="Which heads matter?",
     examples=(

@@ -86,7 +86,7 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: HeadScoresSettings) -> Cost
 @method(
     "probe",
     title="Head scores",
-    needs=["decoder", "text"],
+    needs=["decoder", "text", "heads"],
     paper="https://arxiv.org/abs/2209.11895",
     answers="Which heads matter?",
     examples=(

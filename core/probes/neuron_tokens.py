@@ -18,6 +18,7 @@ from pydantic import Field
 
 from core.errors import BadInput
 from core.lazy import torch
+from core.models.experts import down_weight
 from core.models.weights import neuron_weight
 from core.probes._logit_split import Neurons, Split, freeze_at, reader, split_logit
 from core.probes._norm_fold import project
@@ -54,7 +55,7 @@ class NeuronTokensSettings(Settings):
 @method(
     "probe",
     title="Neuron tokens",
-    needs=["decoder", "text"],
+    needs=["decoder", "text", "heads"],
     paper="https://arxiv.org/abs/2203.14680",
     answers="What does this layer know?",
     examples=(
@@ -217,7 +218,8 @@ def _read(loaded: LoadedModel, parts: ResidualParts, chosen: list[_Chosen]) -> T
             vector_D = neuron_weight(model, written.block)[neuron.neuron].double()
         else:
             experts = model.get_submodule(str(written.block.experts))
-            vector_D = experts.down_proj[neuron.expert][:, neuron.neuron].double()
+            vector_D = down_weight(experts, neuron.expert)[neuron.neuron].double()
+        vector_D = vector_D * anatomy.residual_scale
         if anatomy.norm_place == "sandwich":
             after = freeze_at(loaded, written.block.mlp_write, written.mlp_fed_D, written.mlp_D)
             vector_D = after.apply(vector_D)

@@ -58,7 +58,7 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: PathPatchingSettings) -> Co
 @method(
     "probe",
     title="Path patching",
-    needs=["decoder", "text"],
+    needs=["decoder", "text", "heads"],
     paper="https://arxiv.org/abs/2211.00593",
     answers="Which heads matter?",
     cost=_cost,

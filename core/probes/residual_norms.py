@@ -144,6 +144,7 @@ class _Walk:
     def __init__(self, anatomy: Anatomy) -> None:
         self.rows: list[dict[str, np.ndarray]] = []
         self._d_model = anatomy.d_model
+        self._scale = anatomy.residual_scale
         self._sums = anatomy.norm_place != "post"
         self.gap: float | None = 0.0 if self._sums else None
         self._before: Tensor | None = None
@@ -152,11 +153,11 @@ class _Walk:
 
     def attention(self, path: str, write: Tensor) -> None:
         """What attention adds to the residual stream."""
-        self._attention = write.reshape(-1, self._d_model).float()
+        self._attention = write.reshape(-1, self._d_model).float() * self._scale
 
     def mlp(self, path: str, write: Tensor) -> None:
         """What the MLP adds; some models run it on flattened positions."""
-        self._mlp = write.reshape(-1, self._d_model).float()
+        self._mlp = write.reshape(-1, self._d_model).float() * self._scale
 
     def residual(self, path: str, stream: Tensor) -> None:
         """The residual stream before a block, or after the last: closes the row of the block before."""

@@ -56,7 +56,7 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: RestorationSettings) -> Cos
 @method(
     "probe",
     title="Restoration",
-    needs=["decoder", "text"],
+    needs=["decoder", "text", "heads"],
     paper="https://arxiv.org/abs/2202.05262",
     answers="What did compression break?",
     examples=(FACTS_AND_NAMES,),

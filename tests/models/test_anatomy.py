@@ -24,9 +24,11 @@ from tests.tiny import (
     D_MODEL,
     DECODERS,
     FAMILIES,
+    HEADLESS,
     HEADS,
     LAYERS,
     MOE,
+    SHIMMED,
     SPECIAL_VISION,
     VOCAB,
     tiny_folder,
@@ -34,22 +36,24 @@ from tests.tiny import (
 )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *HEADLESS, *SHIMMED])
 def test_every_identity_holds(family: str) -> None:
     loaded = tiny_model(family)
     gaps = verify_anatomy(loaded.model, loaded.anatomy)
     assert max(gaps.values()) < 1e-5
-    expected = {"heads sum to attention output", "residual stream adds up", "norm weight and offset"}
+    expected = {"residual stream adds up", "norm weight and offset"}
+    expected |= set() if family == "deepseek_v3" else {"heads sum to attention output"}
     expected |= (
         set()
         if family == "bert"
         else {"residual stream telescopes", "lens at the last layer gives the logits"}
     )
-    expected |= {"weighted experts sum to their output"} if family in MOE else {"neurons sum to MLP output"}
+    routed = family in (*MOE, *SHIMMED)
+    expected |= {"weighted experts sum to their output"} if routed else {"neurons sum to MLP output"}
     assert expected <= gaps.keys()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *HEADLESS, *SHIMMED])
 def test_identities_hold_in_double_precision(family: str) -> None:
     """To 1e-9: what is left in float32 is rounding, not a wrong formula. RMS norms work in float32 inside."""
     model = copy.deepcopy(tiny_model(family).model).double()
@@ -71,11 +75,13 @@ def test_facts(family: str) -> None:
     assert anatomy.vocab_size == (10 if family == "vit" else VOCAB)
     assert anatomy.context_length == (17 if family == "vit" else 256)
     assert anatomy.family == {"bert": "encoder", "vit": "vision"}.get(family, "decoder")
-    assert anatomy.tied == (family in ("smollm", "qwen2", "qwen3", "gpt2", "opt", "gemma2"))
+    assert anatomy.tied == (family in ("smollm", "qwen2", "qwen3", "gpt2", "opt", "gemma2", "granitemoe"))
     assert (anatomy.n_experts, anatomy.experts_per_token) == ((4, 2) if family in MOE else (0, 0))
     assert anatomy.parallel_residual == (family == "gpt_neox")
     assert [block.is_moe for block in anatomy.blocks] == (
-        [True, False, True] if family == "qwen3_moe" else [family in MOE] * LAYERS
+        {"qwen3_moe": [True, False, True], "qwen2_moe": [False, True, True]}.get(
+            family, [family in MOE] * LAYERS
+        )
     )
 
 
@@ -142,6 +148,14 @@ def _first_block(**changes: Any) -> Callable[[Anatomy], Anatomy]:
     return change
 
 
+def _second_block(**changes: Any) -> Callable[[Anatomy], Anatomy]:
+    def change(anatomy: Anatomy) -> Anatomy:
+        first, second, *rest = anatomy.blocks
+        return dataclasses.replace(anatomy, blocks=(first, dataclasses.replace(second, **changes), *rest))
+
+    return change
+
+
 def _facts(**changes: Any) -> Callable[[Anatomy], Anatomy]:
     return lambda anatomy: dataclasses.replace(anatomy, **changes)
 
@@ -180,7 +194,15 @@ WRONG_ANATOMIES = [
     ("gemma2", _facts(logit_softcap=None), "lens at the last layer"),
     ("llama", _facts(logit_scale=0.5), "lens at the last layer"),
     ("llama", _facts(final_norm=None), "lens at the last layer"),
-    ("mixtral", _facts(activation="gelu"), "weighted experts"),
+    ("mixtral", _facts(activation="gelu"), "experts' neurons are"),
+    ("llama4", _facts(activation="gelu"), "neurons are"),
+    ("llama4", _facts(experts_per_token=1), "distinct experts"),
+    ("granitemoe", _facts(residual_scale=1.0), "MLP norm reads"),
+    ("granitemoe", _facts(embedding_scale=1.0), "embedding starts"),
+    ("granitemoe", _facts(logit_divisor=1.0), "lens at the last layer"),
+    ("qwen2_moe", _second_block(shared_expert=None), "experts sum to MLP output"),
+    ("deepseek_v3", _second_block(shared_expert=None), "experts sum to MLP output"),
+    ("gpt_oss", _first_block(v=f"{LAYER}self_attn.k_proj"), "heads sum"),
     ("mixtral", _facts(experts_per_token=1), "distinct experts"),
 ]
 
@@ -241,7 +263,7 @@ def test_a_model_that_computes_otherwise_is_refused(
         verify_anatomy(loaded.model, loaded.anatomy)
 
 
-def test_granite_is_refused_for_its_residual_multiplier() -> None:
+def test_a_dense_granite_scales_what_it_adds() -> None:
     config = transformers.GraniteConfig(
         vocab_size=64,
         hidden_size=32,
@@ -249,10 +271,16 @@ def test_granite_is_refused_for_its_residual_multiplier() -> None:
         num_attention_heads=2,
         intermediate_size=48,
         residual_multiplier=0.5,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     model = transformers.GraniteForCausalLM(config).eval()
+    anatomy = find_anatomy(model)
+    assert anatomy.residual_scale == 0.5
+    assert max(verify_anatomy(model, anatomy).values()) < 1e-5
     with pytest.raises(AnatomyMismatch, match=r"model\.layers\.0.*MLP norm reads the stream"):
-        verify_anatomy(model, find_anatomy(model))
+        verify_anatomy(model, dataclasses.replace(anatomy, residual_scale=1.0))
 
 
 def test_shared_expert_is_part_of_the_block() -> None:

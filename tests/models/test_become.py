@@ -26,7 +26,7 @@ def test_anatomy_and_checks_are_of_the_new_model_and_the_rest_stays(tmp_path: Pa
     loaded.become(other.model)
     assert loaded.model is other.model
     assert loaded.anatomy == other.anatomy
-    assert loaded.offers == {"decoder", "text", "moe"}
+    assert loaded.offers == {"decoder", "text", "heads", "moe"}
     assert "weighted experts sum to their output" in loaded.checks
     assert kept == (
         loaded.tokenizer, loaded.folder, loaded.fingerprint, loaded.lock, loaded.ref, loaded.notes,

@@ -23,10 +23,10 @@ from core.types import Prompt, Result, silent
 from tests.compress.making import apply, own_model
 from tests.induction import EPSILON, D, induction_model, repeated_prompt
 from tests.references.slow_attribution import parts_by_hand
-from tests.tiny import DECODERS, MOE, tiny_model
+from tests.tiny import DECODERS, MOE_DECODERS, tiny_model
 
 PROMPT = Prompt("The capital of France is Paris, and Mary gave a drink to John")
-DENSE = [family for family in DECODERS if family not in MOE]
+DENSE = [family for family in DECODERS if family not in MOE_DECODERS]
 
 
 def run(loaded: LoadedModel, prompt: Prompt = PROMPT, **settings: Any) -> Result:
@@ -103,7 +103,7 @@ def test_neurons_sum_to_their_mlp(family: str) -> None:
     assert neurons["contribution"].abs().is_monotonic_decreasing
     if family == "llama":  # 3 layers × 256 neurons and no bias: all are shown
         assert neurons["contribution"].sum() == pytest.approx(mlp, abs=1e-12)
-    if family in MOE:
+    if family in MOE_DECODERS:
         assert neurons["component"].str.contains("E").any()
 
 
@@ -190,23 +190,26 @@ def test_a_wrong_norm_offset_is_refused(family: str, offset: float) -> None:
         run(wrong)
 
 
-@pytest.mark.parametrize("family", MOE)
+@pytest.mark.parametrize("family", MOE_DECODERS)
 def test_gate_and_up_swapped_opens_the_gap(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = parts_module.expert_neurons
+    right = parts_module.weighted_neurons
 
     class Swapped:
         def __init__(self, experts: Any) -> None:
             self.gate_up_proj = torch.cat(experts.gate_up_proj.chunk(2, dim=1)[::-1], dim=1)
+            self.act_fn, self.is_transposed = experts.act_fn, False
 
-    monkeypatch.setattr(_logit_split, "expert_neurons", lambda experts, *rest: right(Swapped(experts), *rest))
+    monkeypatch.setattr(
+        _logit_split, "weighted_neurons", lambda experts, routed: right(Swapped(experts), routed)
+    )
     assert run(tiny_model(family)).provenance.exactness_gap > 1e-3
 
 
 def test_a_silenced_expert_opens_the_gap(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = parts_module.expert_neurons
+    right = parts_module.weighted_neurons
     monkeypatch.setattr(
         _logit_split,
-        "expert_neurons",
+        "weighted_neurons",
         lambda *given: right(*given) * torch.tensor([[0.0], [1.0]]),
     )
     assert run(tiny_model("mixtral")).provenance.exactness_gap > 1e-3

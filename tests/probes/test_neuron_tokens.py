@@ -13,7 +13,7 @@ from core.probes._tokens import encode
 from core.probes.neuron_tokens import NeuronTokensSettings, neuron_tokens
 from core.types import Prompt, Result, silent
 from tests.references.slow_attribution import frozen_norm
-from tests.tiny import DECODERS, MOE, tiny_model
+from tests.tiny import DECODERS, MOE_DECODERS, tiny_model
 
 PROMPT = Prompt("The capital of France is Paris, and Mary gave a drink to John")
 
@@ -56,7 +56,7 @@ def test_tokens_are_those_of_the_whole_vocabulary_by_hand() -> None:
     assert result.frame["promotes"].iloc[0].count("'") == 6
 
 
-@pytest.mark.parametrize("family", MOE)
+@pytest.mark.parametrize("family", MOE_DECODERS)
 def test_an_expert_that_did_not_run_still_has_its_words(family: str) -> None:
     loaded = tiny_model(family)
     found = [run(loaded, layer=2, neuron=3, expert=expert).frame for expert in range(4)]
