@@ -140,13 +140,19 @@ def _replayed(wanted: Decision, seen: Routed, decided: Decision) -> Decision:
 
 def seen_by(lens: Lens, layer: Layer, hidden_TD: Tensor, decided: Decision) -> Routed:
     """The record of one call, padding and sentinel slots masked."""
-    rows = torch.ones(len(hidden_TD), dtype=torch.bool, device=hidden_TD.device)
-    if lens.mask_BP is not None:
-        positions = len(hidden_TD) // len(lens.mask_BP)
-        rows = lens.mask_BP[:, -positions:].reshape(-1).to(hidden_TD.device, torch.bool)
-        assert len(rows) == len(hidden_TD), f"mask {tuple(lens.mask_BP.shape)} for {len(hidden_TD)} rows"
-    raw = Routed(layer.at.layer, *decided, hidden_TD=hidden_TD, valid_T=rows, logits_TE=layer.logits_TE)
+    valid_T = _rows(lens, len(hidden_TD), hidden_TD.device)
+    raw = Routed(layer.at.layer, *decided, hidden_TD=hidden_TD, valid_T=valid_T, logits_TE=layer.logits_TE)
     return _masked(raw, *decided, n_experts=layer.at.n_experts)
+
+
+def _rows(lens: Lens, n_rows: int, device: Any) -> Tensor:
+    """Which rows of a call are tokens [T]; a decoding step's are the last columns of the mask."""
+    if lens.mask_BP is None:
+        return torch.ones(n_rows, dtype=torch.bool, device=device)
+    positions = n_rows // len(lens.mask_BP)
+    valid_T = lens.mask_BP[:, -positions:].reshape(-1).to(device, torch.bool)
+    assert len(valid_T) == n_rows, f"mask {tuple(lens.mask_BP.shape)} for {n_rows} rows"
+    return valid_T
 
 
 def _masked(seen: Routed, experts_TK: Tensor, weights_TK: Tensor, *, n_experts: int | None = None) -> Routed:
