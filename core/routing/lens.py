@@ -73,7 +73,9 @@ def routed(
     """
     at = functools.partial(module_at, loaded.model)
     layers = tuple(
-        Layer(found, at(found.experts), at(found.router), at(found.mlp)) for found in layers_of(loaded)
+        Layer(found, at(found.experts), at(found.router), at(found.mlp))
+        for found in layers_of(loaded)
+        if found.layer >= first_layer
     )
     lens = Lens(layers, observe, change, norms, outputs, mask_BP)
     _check(lens)
