@@ -4,6 +4,7 @@
 
     SlimscopeError                  base: one clear sentence; the CLI prints it, the page shows it as a card
     ├── BadInput                    the user's value is wrong: says what was given, what is allowed, what to do
+    │   ├── NeedsInput              nothing was given yet where something must be: asks for it
     │   ├── UnknownMethod           no method of that id
     │   └── BadSettings             settings out of bounds or unknown
     ├── CannotOpen                  a model that cannot be opened: missing, corrupt, unknown, offline
@@ -49,6 +50,10 @@ class SlimscopeError(Exception):
 
 class BadInput(SlimscopeError, ValueError):
     """A value that is not allowed; the message names the value, the choices and the next move."""
+
+
+class NeedsInput(BadInput):
+    """An input that a method cannot do without is still empty; the message asks for it."""
 
 
 class UnknownMethod(BadInput):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from core.models.checkpoint import fingerprint, read_config, stored_tensors, wei
 from core.models.demo import demo, demo_files
 from core.models.gguf import converted_gguf
 from core.models.loaded import LoadedModel, Pooling
+from core.models.quantized import LIBRARIES, densify
 from core.models.quiet import quiet
 from core.types import ModelRef, Progress, silent
 
@@ -112,11 +114,8 @@ def _load(
     auto = next(auto for end, auto in AUTO_CLASSES.items() if architecture.endswith(end))
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": ref.trust_remote_code}
     quantization = config.get("quantization_config")
-    if quantization is not None and quantization.get("quant_method") != "compressed-tensors":
-        raise CannotOpen(
-            f"{folder} is quantized with {quantization.get('quant_method')!r}; only compressed-tensors can be read back "
-            "as dense weights here"
-        )
+    by = None if quantization is None else str(quantization.get("quant_method"))
+    _refuse_unreadable(folder, by)
     if auto == "AutoModel" and config.get("model_type") == "bert":
         # The pooler is drawn at random when a checkpoint has none, and nothing here reads it.
         options["add_pooling_layer"] = any(
@@ -124,7 +123,7 @@ def _load(
         )
     dtype = "auto" if ref.dtype == "stored" else getattr(torch, ref.dtype)
     try:
-        if quantization is not None:
+        if quantization is not None and by == "compressed-tensors":
             options["config"] = transformers.AutoConfig.from_pretrained(folder, **options)
             options["config"].quantization_config = {**quantization, "dequantize": True}
         model, report = getattr(transformers, auto).from_pretrained(
@@ -135,6 +134,7 @@ def _load(
             ignore_mismatched_sizes=True,  # so that the report names them; they are refused below
             **options,
         )
+        model, note = densify(model, by) if by in LIBRARIES else (model, "")
         model = model.to(ref.device)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError) as error:
         if ran_out_of_memory(error):
@@ -144,12 +144,28 @@ def _load(
         raise CannotOpen(_reason(folder, config, error)) from None
     unused = _refuse_partial(folder, architecture, report)
     model.eval().requires_grad_(False)
-    notes = (
-        (f"{len(unused)} tensors of the checkpoint have no place in {architecture}: {unused[0]} …",)
+    left = (
+        f"{len(unused)} tensors of the checkpoint have no place in {architecture}: {unused[0]} …"
         if unused
-        else ()
+        else ""
     )
-    return model, notes
+    return model, tuple(filter(None, (note, left)))
+
+
+def _refuse_unreadable(folder: Path, by: str | None) -> None:
+    """Refuse what was quantized by something that cannot be read back as dense weights here."""
+    if by is None or by == "compressed-tensors":
+        return
+    if by not in LIBRARIES:
+        raise CannotOpen(
+            f"{folder} is quantized with {by!r}; only compressed-tensors, {' and '.join(LIBRARIES)} can be read back as "
+            "dense weights here"
+        )
+    spec = find_spec(by)
+    if spec is None or spec.origin is None:  # a folder without code is a namespace to Python, and no library
+        raise CannotOpen(
+            f"{folder} is quantized with {by}, which is not installed; run `pip install --no-deps {by}` and open it again"
+        )
 
 
 def _architecture(folder: Path, config: dict[str, Any]) -> str:

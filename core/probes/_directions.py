@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from core.errors import BadInput
+from core.errors import BadInput, NeedsInput
 from core.lazy import torch
 from core.probes._read_texts import Position, read_texts
 from core.train._sparse_code import direction_by_name
@@ -65,7 +65,7 @@ def mean_difference(
     lists = {"positive": split_prompts(positives), "negative": split_prompts(negatives)}
     for name, prompts in lists.items():
         if not prompts:
-            raise BadInput(
+            raise NeedsInput(
                 f"there is no {name} prompt; give at least one, several are separated by | or new lines"
             )
         if len(prompts) > MAX_PROMPTS:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from core.errors import BadInput
+from core.errors import BadInput, NeedsInput
 from core.probes._tokens import Encoded, encode
 from core.types import Prompt
 
@@ -44,7 +44,7 @@ class PromptPair:
 def encode_pair(loaded: LoadedModel, prompt: Prompt, corrupted: str) -> PromptPair:
     """Tokenize both; raises ``BadInput`` when the second is empty, the same, or of another number of tokens."""
     if not corrupted.strip():
-        raise BadInput(
+        raise NeedsInput(
             "no corrupted prompt was given; type the prompt again with one word changed for another of as many tokens, "
             "so that the answer changes"
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.errors import BadInput
+from core.errors import BadInput, NeedsInput
 from core.probes._tokens import token_named, token_texts
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def resolve_token(
     """
     if not text:
         if logits_V is None:
-            raise BadInput(f"no {role} was given; type one token, e.g. ' Paris' with its leading space")
+            raise NeedsInput(f"no {role} was given; type one token, e.g. ' Paris' with its leading space")
         return named(loaded, int(logits_V.argmax()))
     if loaded.tokenizer is None:
         return _class_label(loaded, text, role)

@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from pydantic import Field
 
-from core.errors import BadInput, SlimscopeError
+from core.errors import NeedsInput, SlimscopeError
 from core.lazy import torch
 from core.models.embed import embed
 from core.probes._batching import in_batches
@@ -160,7 +160,7 @@ def _pooling(loaded: LoadedModel, encoded: Encoded) -> Tensor:
 
 def _both(loaded: LoadedModel, prompt: Prompt) -> tuple[Encoded, Encoded]:
     if prompt.second is None or not prompt.second.strip():
-        raise BadInput("a similarity needs two texts; type the second one too")
+        raise NeedsInput("a similarity needs two texts; type the second one too")
     return encode(loaded, Prompt(prompt.text, image=prompt.image)), encode(loaded, Prompt(prompt.second))
 
 

@@ -34,6 +34,21 @@ def tiny_vit(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_moe(tmp_path_factory) -> Path:
+    from tests.tiny import tiny_folder
+
+    return tiny_folder("olmoe", tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_moe_other(tmp_path_factory) -> Path:
+    """The tiny mixture of experts with other weights."""
+    from tests.tiny import tiny_folder
+
+    return tiny_folder("olmoe", tmp_path_factory.mktemp("tiny"), seed=1)
+
+
+@pytest.fixture(scope="session")
 def tiny_other(tmp_path_factory) -> Path:
     """The tiny llama with other weights."""
     from tests.tiny import tiny_folder

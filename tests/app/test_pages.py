@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from app.questions import page_of
 from core.registry import methods
 
 
@@ -48,21 +49,26 @@ def test_the_cache_doubles_with_the_context(opened, tiny_llama):
 
 
 @pytest.mark.parametrize("id_", methods("probe"))
-def test_every_probe_is_drawn(opened, tiny_llama, tiny_bert, tiny_vit, tiny_other, id_):
+def test_every_probe_is_drawn(
+    opened, tiny_llama, tiny_bert, tiny_vit, tiny_moe, tiny_moe_other, tiny_other, id_
+):
     """On a tiny model of a family it is for: a result, or one refusal in words; never an exception."""
     probe = methods("probe")[id_]
     model = tiny_bert if "encoder" in probe.needs else tiny_vit if "vision" in probe.needs else tiny_llama
+    other = tiny_other
     if "moe" in probe.needs:
-        pytest.skip("no tiny mixture of experts is set up here")
-    query = {"reference": str(tiny_other)} if probe.takes_reference else {}
-    app = opened("inspect", model=str(model), probe=id_, text="one two three one two", **query)
+        model, other = tiny_moe, tiny_moe_other
+    query = {"reference": str(other)} if probe.takes_reference else {}
+    app = opened(page_of(probe), model=str(model), probe=id_, text="one two three one two", **query)
     assert app.selectbox(key="probe").value == id_
     if any(button.key == "probe_now" for button in app.button):
         app.button(key="probe_now").click().run()
         assert not app.exception, app.exception
     assert plain(app.title[0].value).startswith(probe.title)
     drawn = any("float32" in plain(caption.value) for caption in app.caption)
-    refused = any("That did not work" in said.value for said in app.markdown)
+    refused = any(
+        title in said.value for said in app.markdown for title in ("That did not work", "One more input")
+    )
     assert drawn or refused, [plain(said.value) for said in app.markdown]
 
 
@@ -129,6 +135,14 @@ def test_an_empty_prompt_is_refused_in_a_sentence(opened, tiny_llama):
     assert any("prompt" in plain(said.value).lower() for said in app.markdown), [
         m.value for m in app.markdown
     ]
+
+
+def test_a_missing_input_is_asked_for_and_is_no_failure(opened, tiny_llama):
+    app = opened("inspect", model=str(tiny_llama), probe="activation_patching", text="one two three")
+    said = [plain(line.value) for line in app.markdown]
+    assert any("One more input" in line for line in said), said
+    assert any("corrupted" in line for line in said), said
+    assert not any("That did not work" in line for line in said)
 
 
 @pytest.mark.parametrize(("family", "words"), [("mixtral", "experts,"), ("gemma2", "sliding window")])

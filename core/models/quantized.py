@@ -1,0 +1,83 @@
+"""Checkpoints that another library quantized, read back as dense weights.
+
+Probes, anatomy checks and gradients want plain linear layers, and a fused kernel may round more than the weights. So
+each quantized layer becomes the dense one whose weights the packed ones stand for, before it has run once:
+bitsandbytes repacks 4-bit weights for its CPU kernel at the first forward pass, and what its ``dequantize`` returns
+after that is wrong (seen with 0.50.2: outputs off by more than their own size). One layer is therefore held against
+its own kernel. compressed-tensors needs none of this: transformers reads it as dense by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from core.errors import CannotOpen
+from core.lazy import torch
+
+LIBRARIES = ("bitsandbytes", "torchao")
+"""Quantization methods, as a config names them, and the packages that read them."""
+TOLERANCE = 0.1
+"""Largest difference to the library's own kernel, as a share of the output's root mean square. LLM.int8 rounds
+activations too and is off by about 0.02, a wrong layout by more than 1."""
+
+
+def densify(model: Any, method: str) -> tuple[Any, str]:
+    """The model with dense weights, and a note on it; raises ``CannotOpen`` where they do not reproduce a layer.
+
+    Call it right after loading, before any forward pass.
+    """
+    quantized = _first_quantized(model)
+    if quantized is None:
+        raise CannotOpen(
+            f"the config says {method}, but no layer is quantized by it; open the original instead"
+        )
+    name, before = quantized[0], copy.deepcopy(quantized[1])
+    if method == "bitsandbytes":
+        model = model.dequantize()
+    else:
+        _dequantize_parameters(model)
+    after = model.get_submodule(name)
+    difference = _difference(before, after)
+    if difference > TOLERANCE:
+        raise CannotOpen(
+            f"{name}: the dense weights that {method} gives back miss its own kernel by {difference:.0%}; "
+            "use another version of it, or open the original"
+        )
+    return model, (
+        f"Quantized by {method}; read back as dense weights. {name} differs from that library's own kernel by "
+        f"{difference:.1%} of its output, which is what the kernel rounds besides the weights."
+    )
+
+
+def _first_quantized(model: Any) -> tuple[str, Any] | None:
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if "bitsandbytes" in type(module).__module__ or _is_packed(weight):
+            return name, module
+    return None
+
+
+def _is_packed(parameter: Any) -> bool:
+    return type(parameter).__module__.startswith("torchao") or type(
+        getattr(parameter, "data", None)
+    ).__module__.startswith("torchao")
+
+
+def _dequantize_parameters(model: Any) -> None:
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if _is_packed(parameter):
+                setattr(module, name, torch.nn.Parameter(parameter.dequantize(), requires_grad=False))
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _difference(packed: Any, dense: Any) -> float:
+    """Between two forms of a linear layer on seeded noise, as a share of the dense one's root mean square."""
+    generator = torch.Generator().manual_seed(0)
+    weight = dense.weight
+    noise = torch.randn(16, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    with torch.inference_mode():
+        expected, given = dense(noise).float(), packed(noise).float()
+    return float((given - expected).square().mean().sqrt() / expected.square().mean().sqrt())
