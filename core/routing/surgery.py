@@ -74,6 +74,14 @@ def check_kept(layers: Sequence[MoeLayer], kept: Mapping[int, Sequence[int]]) ->
         _check_layer(layer, list(kept[layer.layer]))
 
 
+def check_count(layers: Sequence[MoeLayer], n_kept: int) -> None:
+    """Raise ``BadInput`` unless every layer can keep ``n_kept`` experts, before anybody decides which."""
+    for layer in layers:
+        size, each = layer.n_experts // layer.n_groups, n_kept // layer.n_groups
+        even = [g * size + e for g in range(layer.n_groups) for e in range(each)]
+        _check_layer(layer, even if len(even) == n_kept else list(range(n_kept)))
+
+
 def _check_layer(layer: MoeLayer, kept: list[int]) -> None:
     where, n = f"layer {layer.layer}", layer.n_experts
     wrong = [e for e in kept if not 0 <= e < n]
