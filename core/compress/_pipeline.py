@@ -15,6 +15,7 @@ from core.compress._store import SavedFiles, add_to_provenance, save_variant
 from core.errors import ProofFailed
 from core.lazy import torch, transformers
 from core.models.loaded import LoadedModel
+from core.models.open import open_model
 from core.numerics.sizes import bits_per_weight
 from core.recipe import Recipe, Step
 from core.registry import get
@@ -34,17 +35,26 @@ class Compressed:
 
 
 def compress(
-    loaded: LoadedModel, recipe: Recipe, calibration: Documents | None, folder: Path, progress: Progress
+    loaded: LoadedModel,
+    recipe: Recipe,
+    calibration: Documents | None,
+    folder: Path,
+    progress: Progress,
+    *,
+    reference: LoadedModel | None = None,
 ) -> Compressed:
     """Apply a recipe to ``loaded`` (which is changed), write it to ``folder`` and prove the reload.
 
+    ``reference`` is the model that a step may bring this one back towards; without it, what ``loaded`` was opened from.
     Raises ``BadInput`` or ``CannotCompress`` where a step does not apply, ``ProofFailed`` (after removing ``folder``)
     where the files do not reload to the model that was saved.
     """
     share = 0.5 / len(recipe.steps)
+    if reference is None and takes_reference(recipe):
+        reference = open_model(replace(loaded.ref, source=str(loaded.folder), revision=None))
     with loaded.lock, torch.inference_mode():
         results = [
-            _step(loaded, step, calibration, part_of(progress, index * share, (index + 1) * share))
+            _step(loaded, step, calibration, reference, part_of(progress, index * share, (index + 1) * share))
             for index, step in enumerate(recipe.steps)
         ]
         frame = _whole_recipe([result.frame for result in results])
@@ -69,10 +79,22 @@ def compress(
     return Compressed(_combined(results, frame, saved), saved, proof)
 
 
-def _step(loaded: LoadedModel, step: Step, calibration: Documents | None, progress: Progress) -> Result:
+def takes_reference(recipe: Recipe) -> bool:
+    """Whether a step of the recipe looks at the model that is to be kept close to."""
+    return any(get("compress", step.method).takes_reference for step in recipe.steps)
+
+
+def _step(
+    loaded: LoadedModel,
+    step: Step,
+    calibration: Documents | None,
+    reference: LoadedModel | None,
+    progress: Progress,
+) -> Result:
     chosen = get("compress", step.method)
     chosen.refuse_if(loaded.missing_needs(chosen.needs), str(loaded.ref))
-    result: Result = chosen.run(loaded, calibration, progress, step.parsed())
+    models = (loaded, reference) if chosen.takes_reference else (loaded,)
+    result: Result = chosen.run(*models, calibration, progress, step.parsed())
     return result
 
 
