@@ -13,12 +13,15 @@ from typing import Any
 
 from core.errors import CannotOpen
 from core.models.anatomy import Path
-from core.models.anatomy_layouts import ROUTERS, SHARED_EXPERTS, UNSUPPORTED_EXPERTS
+from core.models.anatomy_layouts import (
+    ROUTERS,
+    SCALED_INPUT_EXPERTS,
+    SHARED_EXPERTS,
+    UNSUPPORTED_EXPERTS,
+)
 from core.routing.rules import Rule, rule_of
 
 SHARED_GATES = ("shared_expert_gate",)
-SHIMMED = ("Llama4TextExperts",)
-"""Experts modules outside the shared contract whose decision ``_shims.py`` knows how to read."""
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """What configs call the number of routed experts."""
 
@@ -97,7 +100,7 @@ def _is_experts(path: str, module: Any) -> bool:
         raise CannotOpen(
             f"{path}: {name} {UNSUPPORTED_EXPERTS[name]}; this mixture of experts is not supported"
         )
-    if hasattr(module, "_apply_gate") or name in SHIMMED:
+    if hasattr(module, "_apply_gate") or name in SCALED_INPUT_EXPERTS:
         return True
     if path.rpartition(".")[2] == "experts":
         raise CannotOpen(
@@ -119,7 +122,9 @@ def _layer(model: Any, path: str, experts: Any) -> MoeLayer:
     router = getattr(mlp, router_name)
     shared, gate = _child(mlp, SHARED_EXPERTS), _child(mlp, SHARED_GATES)
     block, layer = _block(mlp_path)
-    n_groups = int(_first(router, ("num_group", "n_group"), 1) or 1)
+    rule = rule_of(router)
+    # DeepSeek-V2's routers carry a group count that its greedy method never reads.
+    n_groups = 1 if rule == "softmax_topk" else int(_first(router, ("num_group", "n_group"), 1) or 1)
     return MoeLayer(
         layer=layer,
         block=block,
@@ -131,8 +136,8 @@ def _layer(model: Any, path: str, experts: Any) -> MoeLayer:
         n_experts=int(experts.num_experts),
         top_k=_top_k(model, mlp, router),
         n_groups=n_groups,
-        top_groups=int(_first(router, ("topk_group",), n_groups) or n_groups),
-        rule=rule_of(router),
+        top_groups=min(int(_first(router, ("topk_group",), n_groups) or n_groups), n_groups),
+        rule=rule,
         shim=not hasattr(experts, "_apply_gate"),
         scale=float(_first(router, ("routed_scaling_factor",), 1.0)),
         router_class=type(router).__name__,

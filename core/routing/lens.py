@@ -23,6 +23,7 @@ from core.errors import BadInput, SlimscopeError
 from core.lazy import torch
 from core.routing._experts import ACTIVE, OWN, Layer, Lens, experts_forward, seen_by
 from core.routing._records import NOTHING, Change, Decision, Observe, Routed
+from core.routing._shims import scaled_input_decision
 from core.routing.discover import MoeLayer, moe_layers
 
 if TYPE_CHECKING:
@@ -86,13 +87,16 @@ def routed(
     with ExitStack() as undo:
         for layer in lens.layers:
             _set_top_k(layer, change, undo)
-            if observe is not None or change.edit is not None:
+            if not layer.at.shim and (observe is not None or change.edit is not None):
                 undo.callback(layer.router.register_forward_hook(_logits_reader(layer)).remove)
         if lens.replaces_experts:
             _replace_experts(loaded.model, lens, undo)
         else:
             for layer in lens.layers:
-                hook = layer.experts.register_forward_pre_hook(_watcher(lens, layer), with_kwargs=True)
+                if layer.at.shim:
+                    hook = layer.router.register_forward_hook(_shim(lens, layer))
+                else:
+                    hook = layer.experts.register_forward_pre_hook(_watcher(lens, layer), with_kwargs=True)
                 undo.callback(hook.remove)
         token = ACTIVE.set({**ACTIVE.get(), **{id(layer.experts): (lens, layer) for layer in lens.layers}})
         undo.callback(ACTIVE.reset, token)
@@ -124,16 +128,22 @@ def _check(lens: Lens) -> None:
         wrong = [expert for expert in named if not 0 <= expert < layer.at.n_experts]
         if wrong:
             raise BadInput(f"block {index} has experts 0 to {layer.at.n_experts - 1}, not {wrong[0]}")
-        top_k = _of_layer(change.top_k, index)
-        if top_k is not None and not 1 <= top_k <= layer.at.n_experts:
-            raise BadInput(
-                f"block {index} can route to 1 to {layer.at.n_experts} experts per token, not {top_k}"
-            )
+        _check_top_k(layer.at, _of_layer(change.top_k, index))
         if lens.replaces_experts and not hasattr(layer.experts, "_apply_gate"):
             raise BadInput(
                 f"{layer.at.experts} ({type(layer.experts).__name__}) does not use transformers' experts interface: "
                 "its routing can be watched, but not changed, and single experts' outputs cannot be read"
             )
+
+
+def _check_top_k(layer: MoeLayer, top_k: int | None) -> None:
+    """A token can choose among the experts of its best groups only, where routing knows groups."""
+    reachable = layer.n_experts // layer.n_groups * layer.top_groups
+    if top_k is not None and not 1 <= top_k <= reachable:
+        among = "" if reachable == layer.n_experts else f" (of its {layer.top_groups} best groups)"
+        raise BadInput(
+            f"block {layer.layer} can route to 1 to {reachable} experts{among} per token, not {top_k}"
+        )
 
 
 def _of_layer(value: Value | Mapping[int, Value] | None, index: int) -> Value | None:
@@ -231,5 +241,19 @@ def _watcher(lens: Lens, layer: Layer) -> Callable[..., None]:
         if lens.observe is not None:
             hidden_TD, experts_TK, weights_TK = (*args, *kwargs.values())
             lens.observe(seen_by(lens, layer, hidden_TD, (experts_TK, weights_TK)))
+
+    return watch
+
+
+def _shim(lens: Lens, layer: Layer) -> Callable[..., None]:
+    """A hook behind the router of experts that are not called with the decision; they read hidden · weight."""
+
+    def watch(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        if id(layer.experts) not in ACTIVE.get():
+            return
+        layer.fired = True
+        if lens.observe is not None:
+            experts_TK, weights_TK, layer.logits_TE = scaled_input_decision(output)
+            lens.observe(seen_by(lens, layer, args[0], (experts_TK, weights_TK)))
 
     return watch

@@ -42,34 +42,83 @@ Rule = Literal[
 """
 
 ALWAYS: dict[str, Rule] = {
-    "MixtralTopKRouter": "softmax_topk_renorm",
+    **dict.fromkeys(
+        (
+            "MixtralTopKRouter",
+            "MiniMaxTopKRouter",
+            "HunYuanMoEV1Gate",
+            "Qwen3VLMoeTextTopKRouter",
+            "Qwen3OmniMoeTextTopKRouter",
+            "Qwen3_5MoeTopKRouter",
+        ),
+        "softmax_topk_renorm",
+    ),
     "JambaTopKRouter": "softmax_topk",
-    "GptOssTopKRouter": "topk_softmax",
-    "GraniteMoeTopKRouter": "topk_softmax",
-    "GraniteMoeSharedTopKRouter": "topk_softmax",
-    "GraniteMoeHybridTopKRouter": "topk_softmax",
-    "DeepseekV2TopkRouter": "softmax_group_topk",
+    **dict.fromkeys(
+        (
+            "GptOssTopKRouter",
+            "GraniteMoeTopKRouter",
+            "GraniteMoeSharedTopKRouter",
+            "GraniteMoeHybridTopKRouter",
+            "GraniteMoeSWATopKRouter",
+            "AriaTextTopKRouter",
+        ),
+        "topk_softmax",
+    ),
     "Llama4Router": "topk_sigmoid",
+    "MiniMaxM3VLTopKRouter": "sigmoid_bias_renorm",
 }
 """Router class → the one rule it follows."""
 IF_NORM_TOPK_PROB: dict[str, tuple[Rule, Rule]] = {
-    "OlmoeTopKRouter": ("softmax_topk", "softmax_topk_renorm"),
-    "FlexOlmoTopKRouter": ("softmax_topk", "softmax_topk_renorm"),
-    "Qwen2MoeTopKRouter": ("softmax_topk", "softmax_topk_renorm"),
-    "Qwen3MoeTopKRouter": ("softmax_topk", "softmax_topk_renorm"),
-    "Qwen3NextTopKRouter": ("softmax_topk", "softmax_topk_renorm"),
-    "DeepseekV3TopkRouter": ("sigmoid_bias", "sigmoid_bias_renorm"),
-    "Glm4MoeTopkRouter": ("sigmoid_bias", "sigmoid_bias_renorm"),
-    "Dots1TopkRouter": ("sigmoid_bias", "sigmoid_bias_renorm"),
+    **dict.fromkeys(
+        (
+            "OlmoeTopKRouter",
+            "FlexOlmoTopKRouter",
+            "MellumTopKRouter",
+            "Qwen2MoeTopKRouter",
+            "Qwen3MoeTopKRouter",
+            "Qwen3NextTopKRouter",
+            "Qwen3OmniMoeThinkerTextTopKRouter",
+            "Qwen3OmniMoeTalkerTextTopKRouter",
+        ),
+        ("softmax_topk", "softmax_topk_renorm"),
+    ),
+    **dict.fromkeys(
+        (
+            "AXK1TopkRouter",
+            "AXK2TopkRouter",
+            "BailingHybridTopkRouter",
+            "DeepseekV3TopkRouter",
+            "DeepseekV32TopkRouter",
+            "Dots1TopkRouter",
+            "Dots3NoteTextTopkRouter",
+            "ExaoneMoeTopkRouter",
+            "Glm4MoeTopkRouter",
+            "Glm4MoeLiteTopkRouter",
+            "Glm4vMoeTextTopkRouter",
+            "Glm5NextTextTopkRouter",
+            "GlmMoeDsaTopkRouter",
+            "HYV4TopkRouter",
+            "KimiLinearTopkRouter",
+            "MiMoV2FlashTopkRouter",
+            "NemotronHTopkRouter",
+            "SolarOpenTopkRouter",
+        ),
+        ("sigmoid_bias", "sigmoid_bias_renorm"),
+    ),
 }
 """Router class → its rule without and with ``norm_topk_prob``."""
+BY_TOPK_METHOD = ("DeepseekV2TopkRouter", "DeepseekOcr2TextTopkRouter", "UnlimitedOcrTextTopkRouter")
+"""Routers that know groups only where their ``topk_method`` says so."""
 
 
 def rule_of(router: Any) -> Rule:
-    """The rule a router follows, by its class and its own ``norm_topk_prob``; ``unknown`` for any other class."""
+    """The rule a router follows, by its class and its own attributes; ``unknown`` for any other class."""
     name = type(router).__name__
     if name in IF_NORM_TOPK_PROB:
         return IF_NORM_TOPK_PROB[name][bool(router.norm_topk_prob)]
+    if name in BY_TOPK_METHOD:
+        return "softmax_topk" if router.topk_method == "greedy" else "softmax_group_topk"
     return ALWAYS.get(name, "unknown")
 
 
