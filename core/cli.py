@@ -139,11 +139,8 @@ def command_compress(args: argparse.Namespace) -> Any:
     from core.registry import get
 
     settings = get("compress", args.method).parse_text(pairs(args.set))
-    recipe = Recipe.of(args.method, **settings.model_dump(mode="json"))
-    made = make_variant(
-        _catalog(), args.model, recipe, calibration=args.calibration, progress=terminal_progress()
-    )
-    return made.summary()
+    recipe = Recipe.of(args.method, **settings.model_dump(mode="json")).calibrated_on(args.calibration)
+    return make_variant(_catalog(), args.model, recipe, progress=terminal_progress()).summary()
 
 
 def command_run(args: argparse.Namespace) -> Any:
@@ -153,7 +150,9 @@ def command_run(args: argparse.Namespace) -> Any:
 
     catalog, recipe = _catalog(), Recipe.read(Path(args.recipe))
     progress = terminal_progress()
-    made = make_variant(catalog, args.model, recipe, calibration=args.calibration, progress=progress)
+    if args.calibration is not None:
+        recipe = recipe.calibrated_on(args.calibration)
+    made = make_variant(catalog, args.model, recipe, progress=progress)
     ids = [made.variant.base_id, made.variant.id] if args.with_base else [made.variant.id]
     runs = []
     for id_ in ids:
@@ -297,11 +296,12 @@ def _add_making(add: Add) -> None:
     parser.add_argument("method", help="id of a compress method, e.g. rtn")
     _takes_model(parser, "--model")
     _takes_settings(parser)
-    _takes_text(parser, "--calibration")
+    _takes_calibration(parser)
     parser = add("run", command_run)
     parser.add_argument("recipe", help="a recipe file (JSON)")
     _takes_model(parser, "--model")
-    _takes_text(parser, "--calibration", "--documents")
+    _takes_calibration(parser)
+    _takes_text(parser, "--documents")
     parser.add_argument(
         "--tier",
         default="rapid",
@@ -354,10 +354,17 @@ def _takes_model(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument(name, metavar="MODEL", help=text, **required)  # type: ignore[arg-type]
 
 
-def _takes_text(parser: argparse.ArgumentParser, *names: str) -> None:
-    text = "pydoc, a .txt or .jsonl file, or hub:ID (default: %(default)s)"
-    for name in names:
-        parser.add_argument(name, default="pydoc", metavar="SOURCE", help=text)
+_TEXTS = "pydoc, domains, domain:NAME, a .txt or .jsonl file, or hub:ID"
+
+
+def _takes_text(parser: argparse.ArgumentParser, name: str) -> None:
+    text = f"{_TEXTS} (default: %(default)s)"
+    parser.add_argument(name, default="pydoc", metavar="SOURCE", help=text)
+
+
+def _takes_calibration(parser: argparse.ArgumentParser) -> None:
+    text = f"text for steps that read any: {_TEXTS} (default: the recipe's own, else pydoc)"
+    parser.add_argument("--calibration", metavar="SOURCE", help=text)
 
 
 def _takes_settings(parser: argparse.ArgumentParser, name: str = "--set", of: str = "method") -> None:

@@ -119,7 +119,6 @@ def make_variant(
     model: str,
     recipe: Recipe,
     *,
-    calibration: str = "pydoc",
     progress: Progress = silent,
     job_id: str | None = None,
 ) -> Made:
@@ -127,7 +126,7 @@ def make_variant(
 
     Raises ``CannotCompress`` where the recipe does not apply, ``ProofFailed`` where the files do not reload.
     """
-    from core.compress._pipeline import compress
+    from core.compress._pipeline import compress, takes_reference
     from core.text.documents import load_documents
 
     loaded = opened(catalog, model, progress=part_of(progress, 0.0, 0.15))
@@ -136,12 +135,16 @@ def make_variant(
     known = _proven(catalog, id_)
     if known is not None:
         return known
-    needs_text = any("calibration" in get("compress", step.method).needs for step in recipe.steps)
-    documents = load_documents(calibration, split="calibration") if needs_text else None
+    text = recipe.calibration
+    documents = None if text is None else load_documents(text, split="calibration")
+    base = catalog.variant(parent.base_id).source if takes_reference(recipe) else None
+    reference = None if base is None else opened(catalog, base)
     started = datetime.now(UTC)
     incoming = catalog.artifacts.incoming()
     try:
-        made = compress(loaded, recipe, documents, incoming / "files", part_of(progress, 0.15, 0.95))
+        made = compress(
+            loaded, recipe, documents, incoming / "files", part_of(progress, 0.15, 0.95), reference=reference
+        )
         artifact = catalog.put_artifact(incoming / "files")
     finally:
         shutil.rmtree(incoming, ignore_errors=True)

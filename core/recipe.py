@@ -1,7 +1,8 @@
 """A recipe: ordered compression steps, the same JSON in the page, on the command line and in a file.
 
 Its canonical JSON holds every setting, defaults included, so that a later change of a default cannot change
-what an old recipe means. The hash of that JSON together with the base's fingerprint is the variant's id.
+what an old recipe means. The hash of that JSON together with the base's fingerprint is the variant's id. The text
+that calibrated steps read is part of it: other text makes another variant.
 """
 
 from __future__ import annotations
@@ -10,13 +11,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 
 from core.errors import BadInput, SlimscopeError
 from core.registry import Settings, get
 from core.types import canonical_json, content_hash
 
 SCHEMA = 1
+CALIBRATION = "pydoc"
+"""What calibrated steps read unless a recipe says otherwise."""
 
 
 class Step(BaseModel):
@@ -48,6 +59,12 @@ class Recipe(BaseModel):
 
     schema_version: int = Field(default=SCHEMA, description="Version of this file's layout")
     steps: tuple[Step, ...] = Field(min_length=1, description="Steps in the order they are applied")
+    calibration: str | None = Field(
+        default=None,
+        max_length=1000,
+        description="Text that calibrated steps read: pydoc, domains, domain:NAME, a file, or hub:ID; only where a step "
+        "reads any",
+    )
 
     @field_validator("schema_version")
     @classmethod
@@ -55,6 +72,14 @@ class Recipe(BaseModel):
         if value != SCHEMA:
             raise ValueError(f"recipe schema {value} is not {SCHEMA}; update Slimscope or rewrite the recipe")
         return value
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_read(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe that reads no text says nothing of any, so that the ids of such recipes never changed."""
+        written: dict[str, Any] = handler(self)
+        if self.calibration is None:
+            written.pop("calibration")
+        return written
 
     @classmethod
     def of(cls, method: str, **settings: Any) -> Recipe:
@@ -73,7 +98,16 @@ class Recipe(BaseModel):
                 f'recipe: {where}: {first["msg"]}; a recipe looks like {{"steps": [{{"method": "rtn", "settings": {{"bits": 4}}}}]}}'
             ) from None
         full = tuple(Step(method=s.method, settings=s.parsed().model_dump(mode="json")) for s in recipe.steps)
-        return cls(steps=full)
+        return cls(steps=full).calibrated_on(recipe.calibration)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a step is calibrated on text."""
+        return any("calibration" in get("compress", step.method).needs for step in self.steps)
+
+    def calibrated_on(self, text: str | None) -> Recipe:
+        """The same steps with this calibration text (None: the default); unchanged where no step reads any."""
+        return self.model_copy(update={"calibration": text or CALIBRATION}) if self.reads_text else self
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
@@ -104,4 +138,5 @@ class Recipe(BaseModel):
 
     def label(self) -> str:
         """A short human name, e.g. ``rtn bits=4 scheme=symmetric``."""
-        return " + ".join(step.label() for step in self.steps)
+        steps = " + ".join(step.label() for step in self.steps)
+        return steps if self.calibration in (None, CALIBRATION) else f"{steps} on {self.calibration}"

@@ -83,6 +83,7 @@ for preset in PRESETS:
                 key=f"make_{preset.id}",
                 width="stretch",
             )
+offers = opening.ticket.result().offers if opening.ticket.succeeded else None
 opening_slot = st.container()  # filled last: nothing else on the page waits for the model to open
 if refusal := st.session_state.pop("refusal", None):
     error_card(refusal, key="refused")
@@ -106,7 +107,7 @@ if jobs:
 
 # --- any recipe -----------------------------------------------------------------------------------------
 with st.container(border=True):
-    recipe = recipe_editor()
+    recipe = recipe_editor(offers)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.segmented_control(
             "Profile",

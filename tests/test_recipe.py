@@ -65,3 +65,20 @@ def test_a_label_says_the_first_setting_and_what_was_changed():
     assert Recipe.of("rtn").label() == "rtn bits=4"
     assert Recipe.of("rtn", scheme="symmetric").label() == "rtn bits=4 scheme=symmetric"
     assert Recipe.of("cast", dtype="float16").label() == "cast dtype=float16"
+
+
+def test_a_recipe_that_reads_no_text_says_nothing_of_any():
+    plain = Recipe.of("rtn", bits=4)
+    told = Recipe.parse({**json.loads(plain.canonical()), "calibration": "domain:python"})
+    assert "calibration" not in plain.canonical()
+    assert told == plain
+    assert told.variant_id("base") == plain.variant_id("base")
+
+
+def test_other_calibration_text_makes_another_variant_with_another_name():
+    default = Recipe.of("prune_experts")
+    other = default.calibrated_on("domain:python")
+    assert default.calibration == "pydoc"
+    assert other.variant_id("base") != default.variant_id("base")
+    assert other.label() == f"{default.label()} on domain:python"
+    assert Recipe.parse(json.loads(other.canonical())) == other

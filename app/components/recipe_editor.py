@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 import streamlit as st
 
+from app import state
 from app.forms import settings_form
 from app.text import esc
 from core.errors import BadInput
-from core.recipe import Recipe
-from core.registry import methods
+from core.recipe import CALIBRATION, Recipe
+from core.registry import Method, Need, methods
 
+FIRST = "rtn"
+"""The method that the form shows when none was chosen."""
 LONGEST = 20_000
 """Characters of a recipe that may be typed or uploaded."""
 
@@ -65,8 +68,11 @@ PRESETS = (
 )
 
 
-def recipe_editor() -> Recipe | None:
-    """Draw the form or the JSON, whichever the address asks for; None after saying what is wrong."""
+def recipe_editor(offers: frozenset[Need] | None) -> Recipe | None:
+    """Draw the form or the JSON, whichever the address asks for; None after saying what is wrong.
+
+    ``offers`` is what the model can give to a method, None while it is not known: the form lists what fits.
+    """
     given = "recipe" in st.query_params
     with st.container(horizontal=True, vertical_alignment="center"):
         st.header("Your own recipe", anchor=False, width="stretch")
@@ -78,25 +84,41 @@ def recipe_editor() -> Recipe | None:
             key="write_as",
             label_visibility="collapsed",
         )
-    return _as_json() if mode == "JSON" else _as_form()
+    return _as_json() if mode == "JSON" else _as_form(offers)
 
 
-def _as_form() -> Recipe | None:
+def fitting(offers: frozenset[Need] | None) -> dict[str, Method]:
+    """The compression methods for a model, by id; all of them while it is not known what it offers."""
     known = methods("compress")
-    id_ = st.segmented_control(
+    if offers is None:
+        return known
+    return {id_: method for id_, method in known.items() if method.needs - {"calibration"} <= offers}
+
+
+def _as_form(offers: frozenset[Need] | None) -> Recipe | None:
+    known = fitting(offers)
+    id_ = state.choice(
+        st.selectbox,
         "Method",
-        list(known),
-        default="rtn",
-        required=True,
-        format_func=lambda id_: known[id_].title,
+        {id_: method.title for id_, method in known.items()},
         key="method",
-        bind="query-params",
+        default=FIRST,
     )
     st.caption(esc(known[id_].summary))
     settings = settings_form(known[id_])
     if settings is None:
         return None
     recipe = Recipe.of(id_, **settings.model_dump(mode="json"))
+    if recipe.reads_text:
+        text = st.text_input(
+            "Calibration text",
+            CALIBRATION,
+            key="calibration",
+            bind="query-params",
+            help="What the method measures the model on: pydoc (the reference prose every Python ships), domains, "
+            "domain:NAME, a text file's path, or hub:ID. Evaluation reads other documents.",
+        )
+        recipe = recipe.calibrated_on(text.strip() or None)
     with st.expander("Recipe JSON", icon=":material/data_object:"):
         st.code(written(recipe), language="json")
         st.caption("The same JSON is a file for the command line: `slimscope run recipe.json --model MODEL`")

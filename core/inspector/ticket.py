@@ -60,6 +60,11 @@ class Ticket:
         """Whether ``result`` would answer at once."""
         return self._finished.is_set()
 
+    @property
+    def succeeded(self) -> bool:
+        """Whether it was answered, and not by an error."""
+        return self.done and self._error is None
+
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the answer; raises the call's error, or ``TimeoutError`` after ``timeout`` seconds."""
         if not self._finished.wait(timeout):

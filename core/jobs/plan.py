@@ -21,7 +21,6 @@ from core.types import Job, ModelRef, Prompt
 EVALUATE: dict[str, Any] = {"method": None, "settings": {}, "documents": {"source": "pydoc"}}
 """The default evaluation: by the model's family, on the text every machine has."""
 PROFILE: dict[str, Any] = {"method": "torch_eager", "settings": {}}
-CALIBRATION: dict[str, Any] = {"source": "pydoc"}
 RECENT = 200
 """How far back the queue is searched for the same work still waiting."""
 
@@ -47,7 +46,7 @@ def submit_variant(
     again = [job for job in waiting if job.spec.get("recipe") == written]
     if again:
         return again[::-1]
-    made = queue.submit("compress", {"model": source, "recipe": written, "calibration": CALIBRATION})
+    made = queue.submit("compress", {"model": source, "recipe": written})
     jobs = [made, *_measure(queue, source, written, quality, speed, after=made)]
     base_waits = any(job.spec.get("recipe") is None for job in waiting)
     if not base_waits and not _base_is_measured(queue, source):

@@ -15,14 +15,13 @@ from core.types import Prompt, Run
 
 
 def compress(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
-    """Make a proven variant: ``{"model", "recipe", "calibration": {"source"}}``."""
+    """Make a proven variant: ``{"model", "recipe"}``."""
     from core.loop import make_variant
 
     made = make_variant(
         context.catalog,
         spec["model"],
         Recipe.parse(spec["recipe"]),
-        calibration=spec["calibration"]["source"],
         progress=context.progress,
         job_id=context.job.id,
     )

@@ -86,7 +86,7 @@ def test_killed_in_every_step_and_the_catalog_is_the_same(held: Held, place: Pat
     engine, queue, catalog = held.engine, held.engine.queue, held.engine.catalog
     first = engine.start()
     subject = {"model": tiny, "recipe": RTN}
-    compress = queue.submit("compress", {**subject, "calibration": {"source": "pydoc"}})
+    compress = queue.submit("compress", subject)
     evaluate = queue.submit(
         "evaluate",
         {**subject, "method": None, "settings": EVALUATION, "documents": {"source": "pydoc"}},
