@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 
 MOE_OF = {"llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
 """Dense model type → the mixture of experts that is otherwise built alike."""
-DENSE_OF = {"mixtral": "mistral", "qwen2_moe": "qwen2", "qwen3_moe": "qwen3", "olmoe": "olmoe"}
-"""And back. Nothing dense has OLMoE's norm over all query heads at once: it becomes an OLMoE of one expert, whose
-routing weight is softmax over one number, 1."""
+DENSE_OF = {
+    "mixtral": "mistral", "qwen2_moe": "qwen2", "qwen3_moe": "qwen3", "granitemoe": "granite",
+    "deepseek_v3": "deepseek_v3", "olmoe": "olmoe",
+}  # fmt: skip
+"""And back. DeepSeek-V3 can have dense layers only. Nothing dense has OLMoE's norm over all query heads at once: it
+becomes an OLMoE of one expert, whose routing weight is softmax over one number, 1."""
 SHARED_WIDTH = 128
 """Qwen2-MoE always has a shared expert. Where it has nothing to do it is zeros, as narrow as the widest group that a
 quantizing step can ask for."""
@@ -62,6 +65,8 @@ def dense_config(loaded: LoadedModel, *, width: int) -> Any:
     """The config of a dense model with MLPs of ``width`` neurons that is else ``loaded``."""
     kind = _relative(loaded, DENSE_OF, "a mixture of experts", "a dense model with gated MLPs")
     own: dict[str, Any] = {"intermediate_size": width}
+    if kind == "deepseek_v3":
+        own["first_k_dense_replace"] = loaded.anatomy.n_layers
     if kind == "olmoe":
         own |= {"num_experts": 1, "num_experts_per_tok": 1, "norm_topk_prob": True}
     return _carried(loaded, kind, own)
@@ -105,12 +110,12 @@ def dense_tensors(loaded: LoadedModel, mlps: Mapping[int, GatedMlp]) -> dict[str
     tensors = {}
     width = max(mlp.width for mlp in mlps.values())
     for block in loaded.anatomy.blocks:
-        base, mlp = block.mlp, padded(mlps[block.index], width)
+        base, mlp = f"{block.path}.mlp", padded(mlps[block.index], width)
         if loaded.anatomy.model_type == "olmoe":
             tensors[f"{base}.experts.gate_up_proj"], tensors[f"{base}.experts.down_proj"] = fused([mlp])
             tensors[f"{base}.gate.weight"] = mlp.gate_ID.new_zeros(1, mlp.gate_ID.shape[1])
         else:
-            tensors |= _linears(str(base), mlp)
+            tensors |= _linears(base, mlp)
     return tensors
 
 
@@ -192,7 +197,9 @@ def _carried(loaded: LoadedModel, kind: str, own: dict[str, Any]) -> Any:
         "_name_or_path",
     }
     values = {name: value for name, value in loaded.model.config.to_dict().items() if name in known}
-    values["head_dim"] = loaded.anatomy.head_dim
+    head_dim = getattr(loaded.model.config, "head_dim", None)
+    if head_dim is not None:  # read by all of them, declared by some
+        values["head_dim"] = head_dim
     if "layer_types" in known:
         kinds = {True: "sliding_attention", False: "full_attention"}
         values["layer_types"] = [kinds[window is not None] for window in loaded.anatomy.windows]
