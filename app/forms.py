@@ -136,7 +136,7 @@ def _number(
     if kind is float:
         options |= {"format": "%g", "step": 10.0 ** _step_exponent(info.default)}
     if optional:
-        options["placeholder"] = "all"
+        options["placeholder"] = "not set"
     return st.number_input(title, **options, **common)
 
 

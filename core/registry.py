@@ -52,6 +52,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether a probe with these settings looks at the prompt; some read a text that is named here instead."""
+        return True
+
 
 @dataclass(frozen=True)
 class Example:

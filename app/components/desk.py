@@ -80,8 +80,7 @@ def _form(probes: Mapping[str, Method], source: str, card: ModelCard, first: str
             other = None if probe.takes_reference else compare_picker(source, card)
             reference = reference_picker(source, card) if probe.takes_reference else None
         with right:
-            prompt = prompt_box(card.family, ask_ahead)
-            inputs = st.container()
+            box, inputs = st.container(), st.container()
             example_row(probe, card.family)
         left.caption(esc(probe.summary))
         with left.container(horizontal=True, gap="small"):
@@ -89,6 +88,9 @@ def _form(probes: Mapping[str, Method], source: str, card: ModelCard, first: str
                 own = {FIELD: lambda: artifact_picker(source, probe, card)}
                 settings = settings_form(probe, columns=2, inputs=inputs, own=own)
             misfit_note(probes, card)
+        with box:
+            read = settings is None or settings.reads_prompt
+            prompt = prompt_box(card.family, ask_ahead, read=read)
     return Asked(probe, prompt, settings, other, reference)
 
 

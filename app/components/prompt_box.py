@@ -24,10 +24,11 @@ LAST_DIGIT = 1796
 """Row of the last image of scikit-learn's digits."""
 
 
-def prompt_box(family: Family, on_change: Callable[[], None]) -> Prompt | None:
+def prompt_box(family: Family, on_change: Callable[[], None], *, read: bool) -> Prompt | None:
     """Draw the input a model of this family takes; None after saying what is wrong with it.
 
-    ``on_change`` is called with a new text in place, before the page is drawn.
+    ``on_change`` is called with a new text in place, before the page is drawn. ``read`` is false where the probe
+    looks at other text.
     """
     if family == "vision":
         return _image_box()
@@ -39,6 +40,8 @@ def prompt_box(family: Family, on_change: Callable[[], None]) -> Prompt | None:
         height=82,
         max_chars=20_000,
         on_change=on_change,
+        disabled=not read,
+        help=None if read else "Not read: with these settings the probe looks at other text",
     )
     if family != "encoder":
         return Prompt(text)

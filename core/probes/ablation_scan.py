@@ -65,6 +65,11 @@ class AblationScanSettings(Settings):
     tokens: int = Field(64, ge=8, le=MAX_TOKENS, description="First tokens of each document")
     seed: int = Field(0, ge=0, le=1_000_000, description="Seed of the places drawn for resample")
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Only where no documents are named."""
+        return not self.documents.strip()
+
 
 def _cost(anatomy: Anatomy, n_tokens: int, settings: AblationScanSettings) -> Cost:
     """One run per component and text, two to record, and memory for the outputs and a few batches of logits."""

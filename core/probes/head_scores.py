@@ -69,6 +69,11 @@ class HeadScoresSettings(Settings):
         description="Also ablate every head (zero, mean, position_mean or resample) for the score ablation_effect; slower",
     )
 
+    @property
+    def reads_prompt(self) -> bool:
+        """It reads random text."""
+        return False
+
 
 def _cost(anatomy: Anatomy, n_tokens: int, settings: HeadScoresSettings) -> Cost:
     """All sequences, counted in forward passes over the prompt, which itself is not read."""

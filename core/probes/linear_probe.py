@@ -74,6 +74,11 @@ class LinearProbeSettings(Settings):
     )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of splits, control labels and random weights")
 
+    @property
+    def reads_prompt(self) -> bool:
+        """It reads the labelled texts."""
+        return False
+
 
 def _cost(anatomy: Anatomy, n_tokens: int, settings: LinearProbeSettings) -> Cost:
     """Texts of about ten tokens, read once or twice, and the fits."""
