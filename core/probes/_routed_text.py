@@ -54,6 +54,11 @@ class TextSettings(Settings):
     )
     max_tokens: int = Field(4096, ge=64, le=65_536, description="Tokens of the text that are read at most")
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Only where no text is named."""
+        return not self.text.strip()
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -246,8 +251,7 @@ def read_choices(
     fewest_documents: int = FEWEST_DOCUMENTS,
 ) -> Choices:
     """Every token's experts over at most ``max_tokens`` of the documents."""
-    parts = []
-    reading = readings(
+    found = readings(
         loaded,
         texts,
         progress,
@@ -255,28 +259,27 @@ def read_choices(
         logits=predicted,
         fewest_documents=fewest_documents,
     )
-    for one in reading:
-        said_T = one.logits_TV.argmax(-1).cpu().numpy() if predicted else None
+    return choices_of(loaded, found)
+
+
+def choices_of(loaded: LoadedModel, found: Iterable[Reading]) -> Choices:
+    """The readings of a text as one; predicted tokens where logits were asked for."""
+    parts = []
+    for one in found:
+        said_T = None if one.logits_TV is None else one.logits_TV.argmax(-1).cpu().numpy()
         parts.append((one.experts_LTK, one.weights_LTK, one.document_T, one.ids_T, said_T))
     experts, weights, documents, ids, said = zip(*parts, strict=True)
+    layers = moe_layers(loaded)
     return Choices(
-        **routing_facts(loaded),
+        layers=tuple(layer.layer for layer in layers),
+        n_experts=max(layer.n_experts for layer in layers),
+        top_k=max(layer.top_k for layer in layers),
         experts_LTK=np.concatenate(experts, axis=1),
         weights_LTK=np.concatenate(weights, axis=1),
         document_T=np.concatenate(documents),
         ids_T=np.concatenate(ids),
-        predicted_T=np.concatenate(said) if predicted else None,
+        predicted_T=None if said[0] is None else np.concatenate(said),
     )
-
-
-def routing_facts(loaded: LoadedModel) -> dict[str, Any]:
-    """MoE layers, experts and slots of a model, as ``Choices`` names them."""
-    layers = moe_layers(loaded)
-    return {
-        "layers": tuple(layer.layer for layer in layers),
-        "n_experts": max(layer.n_experts for layer in layers),
-        "top_k": max(layer.top_k for layer in layers),
-    }
 
 
 def text_cost(anatomy: Anatomy, n_tokens: int, settings: TextSettings) -> Cost:

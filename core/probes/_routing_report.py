@@ -71,19 +71,18 @@ def conservation_gap(load_LE: Ints, choices: Choices) -> float:
 CONSERVED = "largest |Σ load − tokens × k| of a layer, as a share of tokens × k"
 
 
-def shown(layers: Sequence[int], n_experts: int) -> Ints:
-    """Which MoE layers (by place) a layer × expert map shows: all, or every n-th where they were too many cells."""
+def shown_layers(layers: Sequence[int], n_experts: int) -> tuple[int, ...]:
+    """The layers of a layer × expert map: all, or every n-th where they were too many cells."""
     stride = -(-len(layers) * n_experts // MAX_CELLS)
-    return np.arange(0, len(layers), stride)
+    return tuple(layers[::stride])
 
 
 def shown_note(layers: Sequence[int], n_experts: int) -> tuple[str, ...]:
     """A sentence where a map leaves layers out; tables and curves never do."""
-    places = shown(layers, n_experts)
-    if len(places) == len(layers):
+    kept = shown_layers(layers, n_experts)
+    if len(kept) == len(layers):
         return ()
-    kept = f"The maps show {len(places)} of {len(layers)} MoE layers, every {places[1]}th"
-    return (f"{kept}: more would be over {MAX_CELLS:,} cells.",)
+    return (f"The maps show {len(kept)} of {len(layers)} MoE layers: all would be over {MAX_CELLS:,} cells.",)
 
 
 def layer_by_expert(layers: Sequence[int], n_experts: int) -> dict[str, NDArray[Any]]:
@@ -137,10 +136,17 @@ class Counted:
         return {name: self.value.ravel(), f"{name}_low": below.ravel(), f"{name}_high": above.ravel()}
 
     def metric(
-        self, name: str, unit: str, choices: Choices, how: str, *, better: Better = "neither"
+        self,
+        name: str,
+        unit: str,
+        choices: Choices,
+        how: str,
+        *,
+        better: Better = "neither",
+        least: float = 0.0,
     ) -> Metric:
-        """A single number as a headline."""
-        low, high = map(float, self.ends())
+        """A single number as a headline; it cannot be below ``least``."""
+        low, high = map(float, self.ends(low=least))
         known = np.isfinite(high)
         return Metric(
             name,

@@ -27,7 +27,7 @@ from core.probes._routing_report import (
     conservation_gap,
     counted_by,
     melted,
-    shown,
+    shown_layers,
     shown_note,
     text_notes,
     text_provenance,
@@ -260,8 +260,7 @@ def domain_map(table: Table) -> pd.DataFrame:
 
 def _strongest(domains: pd.DataFrame, choices: Choices) -> pd.DataFrame:
     """For each shown layer and expert the domain it is most for."""
-    shown_layers = [choices.layers[place] for place in shown(choices.layers, choices.n_experts)]
-    kept = domains[domains["layer"].isin(shown_layers)]
+    kept = domains[domains["layer"].isin(shown_layers(choices.layers, choices.n_experts))]
     best = kept.loc[kept.groupby(["layer", "expert"])["specialisation"].idxmax()]
     return best.reset_index(drop=True)
 

@@ -22,7 +22,7 @@ from core.probes._routing_report import (
     counted_by,
     layer_by_expert,
     melted,
-    shown,
+    shown_layers,
     shown_note,
     text_flags,
     text_notes,
@@ -134,7 +134,8 @@ def balance_by_layer(load_GLE: Ints, choices: Choices) -> pd.DataFrame:
 def load_map(load_GLE: Ints, choices: Choices) -> pd.DataFrame:
     """One row per shown layer and expert: load in multiples of an even spread, tokens, mean routing weight."""
     n_experts = choices.n_experts
-    places = shown(choices.layers, n_experts)
+    layers = shown_layers(choices.layers, n_experts)
+    places = [choices.layers.index(layer) for layer in layers]
     counts_GSE = load_GLE[:, places]
     tokens_SE = counts_GSE.sum(0)
     share = Counted.share(counts_GSE, counts_GSE.sum(-1, keepdims=True))
@@ -145,7 +146,7 @@ def load_map(load_GLE: Ints, choices: Choices) -> pd.DataFrame:
         mean_weight_SE = weight_SE / tokens_SE  # NaN where no token came
     return pd.DataFrame(
         {
-            **layer_by_expert([choices.layers[place] for place in places], n_experts),
+            **layer_by_expert(layers, n_experts),
             "load_over_even": (share.value * n_experts).ravel(),
             "low": low.ravel(),
             "high": high.ravel(),

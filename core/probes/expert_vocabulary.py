@@ -24,7 +24,7 @@ from core.probes._routing_report import (
     count_choices,
     counted_by,
     layer_by_expert,
-    shown,
+    shown_layers,
     shown_note,
     text_flags,
     text_notes,
@@ -66,45 +66,59 @@ class ExpertVocabularySettings(TextSettings):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How often each token that was seen often enough went to each expert."""
+    """The tokens that were seen often enough, and where; counts are made layer by layer, all at once would not fit."""
 
+    choices: Choices
     token_V: Ints
     """Token ids."""
-    seen_GV: Ints
-    """Occurrences by group of documents."""
-    routed_GLVE: Ints
-    """Of those, the ones that each expert was given."""
+    place_T: Ints
+    """Which of them each position holds; -1 for one that is too rare."""
 
     @classmethod
     def of(cls, choices: Choices, token_T: Ints, *, min_count: int) -> Vocabulary:
-        """Count the choices by the token at each position; raises ``BadInput`` where none is seen often enough."""
+        """Find the tokens to count; raises ``BadInput`` where none is seen often enough."""
         ids, number_T, counts = np.unique(token_T, return_inverse=True, return_counts=True)
         often = counts >= min_count
         if not often.any():
             raise BadInput(
                 f"no token is seen {min_count} times in {len(token_T)} tokens; read more tokens, or lower min_count"
             )
-        n_often = int(often.sum())
-        place_T = np.where(often, np.cumsum(often) - 1, -1)[number_T]
-        group_T, kept_T = choices.group_T, place_T >= 0
-        n_groups = int(group_T.max()) + 1
-        cell_T = group_T[kept_T] * n_often + place_T[kept_T]
-        routed = counted_by(choices.experts_LTK[:, kept_T], cell_T, n_groups * n_often, choices.n_experts)
-        seen = np.bincount(cell_T, minlength=n_groups * n_often).reshape(n_groups, n_often)
-        shape = (n_groups, n_often, *routed.shape[1:])
-        return cls(ids[often], seen, routed.reshape(shape).swapaxes(1, 2))
+        return cls(choices, ids[often], np.where(often, np.cumsum(often) - 1, -1)[number_T])
+
+    def shuffled(self, generator: np.random.Generator) -> Vocabulary:
+        """The same tokens at other positions: what is left of a specialisation is chance."""
+        return Vocabulary(self.choices, self.token_V, generator.permutation(self.place_T))
+
+    @property
+    def seen_GV(self) -> Ints:
+        """Occurrences of each token, by group of documents."""
+        cell_T, n_groups = self._cells()
+        seen = np.bincount(cell_T, minlength=n_groups * len(self.token_V))
+        return seen.reshape(n_groups, -1)
+
+    def routed_GVE(self, place: int) -> Ints:
+        """Of those, the ones that each expert of one layer was given."""
+        cell_T, n_groups = self._cells()
+        chosen_1TK = self.choices.experts_LTK[place : place + 1, self.place_T >= 0]
+        counted = counted_by(chosen_1TK, cell_T, n_groups * len(self.token_V), self.choices.n_experts)
+        return counted.reshape(n_groups, len(self.token_V), -1)
+
+    def _cells(self) -> tuple[Ints, int]:
+        """Number of (group, token) of each counted position, and how many groups there are."""
+        group_T = self.choices.group_T
+        kept_T = self.place_T >= 0
+        return group_T[kept_T] * len(self.token_V) + self.place_T[kept_T], int(group_T.max()) + 1
 
     def specialisation(self) -> Counted:
         """Per layer the mean over tokens of the largest share P(e | t) that one expert gets."""
-        values, halves = [], []
-        for place in range(
-            self.routed_GLVE.shape[1]
-        ):  # one at a time: together they would not fit where there are many layers
-            both_GVX = np.concatenate([self.routed_GLVE[:, place], self.seen_GV[..., None]], axis=-1)
-            found = Counted.of(both_GVX, _mean_largest_share)
-            values.append(found.value)
-            halves.append(found.half)
-        return Counted(np.array(values), np.array(halves), len(self.seen_GV))
+        seen_GV1 = self.seen_GV[..., None]
+        found = [
+            Counted.of(np.concatenate([self.routed_GVE(place), seen_GV1], axis=-1), _mean_largest_share)
+            for place in range(len(self.choices.layers))
+        ]
+        return Counted(
+            np.array([one.value for one in found]), np.array([one.half for one in found]), len(seen_GV1)
+        )
 
 
 def _mean_largest_share(both_BVX: Any) -> Floats:
@@ -157,7 +171,7 @@ def expert_vocabulary(
     vocabularies = {
         name: Vocabulary.of(choices, ids_T, min_count=settings.min_count) for name, ids_T in ids.items()
     }
-    layers = _layers(choices, vocabularies, ids, settings.min_count)
+    layers = _layers(choices, vocabularies)
     load_LE = count_choices(choices).sum(0)
     chosen = vocabularies[settings.reads]
     cells = expert_table(chosen, load_LE, choices, loaded)
@@ -167,11 +181,11 @@ def expert_vocabulary(
     )
     of_layer = cells[cells["layer"] == choices.layers[place]]
     expert = int(of_layer["picky"].to_numpy().argmax()) if settings.expert < 0 else settings.expert
-    places = [choices.layers[at] for at in shown(choices.layers, choices.n_experts)]
+    mapped = shown_layers(choices.layers, choices.n_experts)
     return Result(
         frames={
             "ranked": token_table(chosen, place, expert, load_LE, choices, loaded),
-            "main": cells[cells["layer"].isin(places)].reset_index(drop=True),
+            "main": cells[cells["layer"].isin(mapped)].reset_index(drop=True),
             "layers": layers,
         },
         views=_views(choices.layers[place], expert, KINDS[settings.reads]),
@@ -204,22 +218,25 @@ def expert_table(
 
     ``picky`` is KL(tokens of the expert ‖ tokens of the text) in nats.
     """
-    routed_LVE = vocabulary.routed_GLVE.sum(0)
-    seen_V = vocabulary.seen_GV.sum(0)
-    share_LVE = routed_LVE / seen_V[:, None]
-    best_LE = share_LVE.argmax(1)
+    seen_V1 = vocabulary.seen_GV.sum(0)[:, None]
     names = np.array(token_texts(loaded.tokenizer, vocabulary.token_V.tolist()), dtype=object)
-    of_expert_LVE = routed_LVE / np.maximum(routed_LVE.sum(1, keepdims=True), 1)
-    of_text_V1 = (seen_V / seen_V.sum())[:, None]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        terms_LVE = np.where(of_expert_LVE > 0, of_expert_LVE * np.log(of_expert_LVE / of_text_V1), 0.0)
-    best_share_LE = np.take_along_axis(share_LVE, best_LE[:, None], 1)[:, 0]
+    rows = []
+    for place in range(len(choices.layers)):
+        routed_VE = vocabulary.routed_GVE(place).sum(0)
+        share_VE = routed_VE / seen_V1
+        of_expert_VE = routed_VE / np.maximum(routed_VE.sum(0), 1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio_VE = np.log(of_expert_VE / (seen_V1 / seen_V1.sum()))
+        best_E = share_VE.argmax(0)
+        picky_E = np.where(of_expert_VE > 0, of_expert_VE * ratio_VE, 0.0).sum(0)
+        rows.append((names[best_E], share_VE.max(0), picky_E))
+    token_L, share_L, picky_L = zip(*rows, strict=True)
     return pd.DataFrame(
         {
             **layer_by_expert(choices.layers, choices.n_experts),
-            "token": names[best_LE.ravel()],
-            "share_of_token": best_share_LE.ravel(),
-            "picky": terms_LVE.sum(1).ravel(),
+            "token": np.concatenate(token_L),
+            "share_of_token": np.concatenate(share_L),
+            "picky": np.concatenate(picky_L),
             "load": (load_LE / choices.n_tokens).ravel(),
             "tokens": load_LE.ravel(),
         }
@@ -230,9 +247,9 @@ def token_table(
     vocabulary: Vocabulary, place: int, expert: int, load_LE: Ints, choices: Choices, loaded: LoadedModel
 ) -> pd.DataFrame:
     """The tokens of which one expert gets the largest share, by the lower end of the interval."""
-    routed_GV = vocabulary.routed_GLVE[:, place, :, expert]
-    seen_V, routed_V = vocabulary.seen_GV.sum(0), routed_GV.sum(0)
-    low_V, high_V = Counted.share(routed_GV, vocabulary.seen_GV).ends(high=1.0)
+    routed_GV, seen_GV = vocabulary.routed_GVE(place)[..., expert], vocabulary.seen_GV
+    seen_V, routed_V = seen_GV.sum(0), routed_GV.sum(0)
+    low_V, high_V = Counted.share(routed_GV, seen_GV).ends(high=1.0)
     wilson_V2 = np.array([wilson(int(hits), int(n)) for hits, n in zip(routed_V, seen_V, strict=True)])
     share_V = routed_V / seen_V
     frame = pd.DataFrame(
@@ -251,19 +268,12 @@ def token_table(
     return frame.sort_values(["low", "seen"], ascending=False, ignore_index=True).head(RANKED)
 
 
-def _layers(
-    choices: Choices, vocabularies: dict[Reads, Vocabulary], ids: dict[Reads, Ints], min_count: int
-) -> pd.DataFrame:
+def _layers(choices: Choices, vocabularies: dict[Reads, Vocabulary]) -> pd.DataFrame:
     """Per layer and kind of token the mean largest share with its interval, and the same of shuffled tokens."""
     generator = np.random.default_rng(0)
     parts = []
     for name, vocabulary in vocabularies.items():
-        shuffled = [
-            Vocabulary.of(choices, generator.permutation(ids[name]), min_count=min_count)
-            .specialisation()
-            .value
-            for _ in range(SHUFFLES)
-        ]
+        shuffled = [vocabulary.shuffled(generator).specialisation().value for _ in range(SHUFFLES)]
         parts.append(
             pd.DataFrame(
                 {
