@@ -15,6 +15,7 @@ from core.models.loaded import LoadedModel
 from core.registry import Settings, method
 from core.routing.alignment import cheapest_order, neuron_activations, neuron_cost, reordered
 from core.routing.discover import MoeLayer
+from core.routing.kept import kept_record
 from core.routing.merging import (
     Linkage,
     Merge,
@@ -120,7 +121,11 @@ def run(
         ),
         notes=_notes(layers[0], n_kept, float(np.mean(sharing)), settings),
         inputs={"calibration": calibration.fingerprint},
-        conditions={"calibration": calibration.name, "calibration_tokens": sum(map(len, texts))},
+        conditions={
+            "calibration": calibration.name,
+            "calibration_tokens": sum(map(len, texts)),
+            **kept_record(kept),
+        },
     )
 
 

@@ -14,6 +14,7 @@ from core.registry import Settings, method
 from core.routing.criteria import Criterion
 from core.routing.discover import MoeLayer, neutral_when_unused
 from core.routing.exhaustive import refuse_shim, refuse_too_many
+from core.routing.kept import kept_record
 from core.routing.pruning import Choice, Evidence, choose, gather
 from core.routing.surgery import check_count, experts_of, keep_experts
 from core.types import Documents, Metric, Progress, Result, View, part_of
@@ -115,7 +116,11 @@ def run(
         metrics=_metrics(layers, n_kept, choice, evidence),
         notes=_notes(layers, n_kept, settings, choice, evidence),
         inputs={"calibration": calibration.fingerprint} if counts or evidence.inputs else {},
-        conditions={"calibration": calibration.name, "calibration_tokens": counts.n_tokens if counts else 0},
+        conditions={
+            "calibration": calibration.name,
+            "calibration_tokens": counts.n_tokens if counts else 0,
+            **kept_record(choice.kept),
+        },
     )
 
 

@@ -8,11 +8,16 @@ JSON file and guesses nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 RECORD = "slimscope.json"
 KEY = "kept_experts"
+
+
+def kept_record(kept: Mapping[int, Sequence[int]]) -> dict[str, dict[str, list[int]]]:
+    """The entry of a step's conditions that says which experts it kept."""
+    return {KEY: {str(layer): list(map(int, experts)) for layer, experts in kept.items()}}
 
 
 def kept_experts(folder: Path) -> dict[int, tuple[int, ...]] | None:
