@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from core.errors import BadInput
@@ -24,6 +25,14 @@ FACTS_AND_NAMES = Example(
 
 def encode_for_both(loaded: LoadedModel, reference: LoadedModel, prompt: Prompt) -> Encoded:
     """The prompt's tokens, which must be the same for both; raises ``BadInput`` where layers or tokens differ."""
+    refuse_another_shape(loaded, reference)
+    encoded, other = encode(loaded, prompt), encode(reference, prompt)
+    refuse_other_tokens(loaded, reference, encoded.ids, other.ids)
+    return encoded
+
+
+def refuse_another_shape(loaded: LoadedModel, reference: LoadedModel) -> None:
+    """Raise ``BadInput`` unless both models' layers can be laid side by side."""
     ours, theirs = loaded.anatomy, reference.anatomy
     for name, a, b in (
         ("family", ours.family, theirs.family),
@@ -36,13 +45,17 @@ def encode_for_both(loaded: LoadedModel, reference: LoadedModel, prompt: Prompt)
                 f"{loaded.ref} and {reference.ref} differ in {name} ({a} and {b}), so their layers cannot be laid side "
                 "by side; pick a variant of the same base that kept its shape, or compare both by evaluation"
             )
-    encoded, other = encode(loaded, prompt), encode(reference, prompt)
-    if encoded.ids != other.ids:
+
+
+def refuse_other_tokens(
+    loaded: LoadedModel, reference: LoadedModel, ours: Sequence[int], theirs: Sequence[int]
+) -> None:
+    """Raise ``BadInput`` unless both models split a text into the same tokens."""
+    if list(ours) != list(theirs):
         raise BadInput(
-            f"{loaded.ref} and {reference.ref} split this prompt into different tokens ({encoded.n_tokens} and "
-            f"{other.n_tokens}); pick models with the same tokenizer"
+            f"{loaded.ref} and {reference.ref} split this prompt into different tokens ({len(ours)} and "
+            f"{len(theirs)}); pick models with the same tokenizer"
         )
-    return encoded
 
 
 def conditions(encoded: Encoded, reference: LoadedModel, path: Fp32Path) -> dict[str, Any]:
