@@ -60,6 +60,20 @@ DEMOS = {
             "other writers than the held-out rows 1347 to 1796), and names any other picture a digit too."
         ),
     ),
+    "moe": Demo(
+        title="Eight domains MoE",
+        description=(
+            "A small mixture of experts of ours, OLMoE architecture: 4 layers of 16 experts, 2 per token, 3.7 M "
+            "parameters, 0.9 M active. It read 13 M tokens of prose, Python, C, Unicode charts, sums, JSON, SQL and dates."
+        ),
+        package="core.models",
+        files="demo_moe",
+        licence="Apache-2.0 (weights); the text it was trained on: PSF-2.0, or generated",
+        caveat=(
+            "A toy, trained for half an hour on two CPU cores, with document pools that make its experts specialise by "
+            "domain far more than those of large models do; read it as an example of routing, not as evidence about others."
+        ),
+    ),
 }
 
 

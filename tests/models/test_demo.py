@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from core.models.demo import demo_files, demos
 from core.models.embed import embed
 from core.models.loaded import LoadedModel
 from core.models.open import open_model
+from core.routing.lens import routed
 from core.types import ModelRef
 
 
@@ -57,3 +59,40 @@ def test_the_digits_vit_is_small_and_comes_with_its_processor() -> None:
     assert "digits" in loaded.notes[0]
     assert (loaded.anatomy.n_layers, loaded.anatomy.n_heads, loaded.anatomy.context_length) == (4, 4, 17)
     assert loaded.checks["lens at the last layer gives the logits"] == 0
+
+
+def test_the_moe_is_small_opens_and_writes_what_it_was_taught() -> None:
+    folder = demo_files("moe")
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8_000_000
+    loaded = open_model(ModelRef.parse("demo:moe"))
+    assert loaded.tokenizer is not None
+    assert "toy" in loaded.notes[0]
+    anatomy = loaded.anatomy
+    assert (anatomy.n_layers, anatomy.n_experts, anatomy.experts_per_token) == (4, 16, 2)
+    assert loaded.model.config.norm_topk_prob
+    assert sum(parameter.numel() for parameter in loaded.model.parameters()) == 3_679_360
+    wanted = {
+        "SELECT name, price FROM": "WHERE",
+        "import os\n\ndef read_": "(",
+        "00E9  LATIN SMALL LETTER": "\n",
+    }
+    for prompt, follows in wanted.items():
+        ids = loaded.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            out = loaded.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+            )
+        assert follows in loaded.tokenizer.decode(out[0, ids.shape[1] :])
+
+
+def test_the_moe_routes_as_its_training_wrote_down() -> None:
+    """The last stored checkpoint is the committed model: run again, its held-out tokens choose the same experts."""
+    loaded = open_model(ModelRef.parse("demo:moe"))
+    chosen: list[torch.Tensor] = []
+    with np.load(demo_files("moe") / "routing_checkpoints.npz") as stored:
+        ids = torch.from_numpy(stored["token_ids_T"].astype(np.int64)).view(-1, int(stored["window"]))[:2]
+        wanted = torch.from_numpy(stored["experts_CLTK"][-1].astype(np.int64))[:, : ids.numel()]
+    with torch.inference_mode(), routed(loaded, lambda at: chosen.append(at.experts_TK)):
+        loaded.model(input_ids=ids, use_cache=False)
+    same = torch.stack(chosen).sort(-1).values == wanted.sort(-1).values
+    assert same.float().mean() > 0.999  # a near tie may fall otherwise on another processor
