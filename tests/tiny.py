@@ -134,11 +134,11 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
             tie_word_embeddings=False,
         )
     ),
-    # Latent attention; sigmoid scores, a bias for the choice alone, 4 groups of which 2 are taken; a dense first layer.
+    # Latent attention; sigmoid scores, a bias for the choice alone, 2 of 4 groups of 4 taken; a dense first layer.
     "deepseek_v3": lambda: transformers.DeepseekV3ForCausalLM(
         transformers.DeepseekV3Config(
             **{**_MOE, "num_key_value_heads": HEADS},
-            n_routed_experts=8,
+            n_routed_experts=16,
             n_group=4,
             topk_group=2,
             moe_intermediate_size=64,

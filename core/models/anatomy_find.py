@@ -1,7 +1,7 @@
 """Finding a model's anatomy from its modules, their shapes and its config.
 
-Layers are recognised by the rows of ``anatomy_layouts.py``; what fits no row is refused here. The result is a claim,
-which ``anatomy_verify.py`` proves by running the model.
+Layers are recognised in ``anatomy_layers.py``; what fits no known layout is refused. The result is a claim, which
+``anatomy_verify.py`` proves by running the model.
 """
 
 from __future__ import annotations
@@ -10,18 +10,9 @@ from typing import Any
 
 from core.errors import AnatomyMismatch, CannotOpen
 from core.models.anatomy import Anatomy, Block, Fusion
-from core.models.anatomy_layouts import (
-    ATTENTION,
-    FINAL_NORMS,
-    MLP,
-    MOE_BLOCKS,
-    POSITIONS,
-    ROUTERS,
-    SCALED_INPUT_EXPERTS,
-    SHARED_EXPERTS,
-    UNSUPPORTED_EXPERTS,
-    AttentionLayout,
-)
+from core.models.anatomy_layers import block_at, match_attention, refuse_experts
+from core.models.anatomy_layouts import FINAL_NORMS, POSITIONS, AttentionLayout
+from core.models.module_paths import first_present, join, path_of, path_or_none, submodule
 from core.models.patch_grid import patch_grid
 from core.types import Family
 
@@ -33,16 +24,16 @@ def find_anatomy(model: Any) -> Anatomy:
     """
     config = model.config.get_text_config()
     architecture = type(model).__name__
+    refuse_experts(model)
     _refuse_unsupported(config, architecture)
-    _refuse_experts(model)
     stack_path, layers = _find_stack(model, config.num_hidden_layers)
     paths = [f"{stack_path}.{index}" for index in range(len(layers))]
-    layouts = [_match_attention(layer, path, architecture) for layer, path in zip(layers, paths, strict=True)]
+    layouts = [match_attention(layer, path, architecture) for layer, path in zip(layers, paths, strict=True)]
     # Jamba's layers differ in their mixer; all else is the same in every layer.
     with_heads = next((index for index, layout in enumerate(layouts) if layout.mixer == "heads"), 0)
     attention = layouts[with_heads]
     blocks = tuple(
-        _block(layer, index, path, layout)
+        block_at(layer, index, path, layout)
         for index, (layer, path, layout) in enumerate(zip(layers, paths, layouts, strict=True))
     )
     family = _family(model, attention)
@@ -66,12 +57,12 @@ def find_anatomy(model: Any) -> Anatomy:
             getattr(embedding_module, "scalar_embed_scale", getattr(config, "embedding_multiplier", 1.0))
         ),
         position_embedding=position_embedding,
-        position_offset=int(getattr(_submodule(model, position_embedding), "offset", 0)),
-        token_type_embedding=_path_or_none(model, _join(around, "embeddings.token_type_embeddings")),
-        embedding_norm=_path_or_none(model, _join(around, "embeddings.LayerNorm")),
+        position_offset=int(getattr(submodule(model, position_embedding), "offset", 0)),
+        token_type_embedding=path_or_none(model, join(around, "embeddings.token_type_embeddings")),
+        embedding_norm=path_or_none(model, join(around, "embeddings.LayerNorm")),
         blocks=blocks,
         final_norm=_final_norm(model, base, around, attention),
-        head_transform=_path_or_none(model, "cls.predictions.transform"),
+        head_transform=path_or_none(model, "cls.predictions.transform"),
         unembedding=head,
         tied=head is not None
         and getattr(model.get_submodule(head), "weight", None) is getattr(embedding_module, "weight", ()),
@@ -111,16 +102,6 @@ def _refuse_unsupported(config: Any, architecture: str) -> None:
         )
 
 
-def _refuse_experts(model: Any) -> None:
-    """Refuse mixtures of experts that are known not to fit, by name and with the reason."""
-    for path, module in model.named_modules():
-        name = type(module).__name__
-        if name in UNSUPPORTED_EXPERTS:
-            raise CannotOpen(
-                f"{path}: {name} {UNSUPPORTED_EXPERTS[name]}; this mixture of experts is not supported"
-            )
-
-
 def _find_stack(model: Any, n_layers: int) -> tuple[str, Any]:
     """The one outermost list of layers whose length is the config's."""
     from torch import nn
@@ -136,92 +117,6 @@ def _find_stack(model: Any, n_layers: int) -> tuple[str, Any]:
     return found[0]
 
 
-def _match_attention(layer: Any, path: str, architecture: str) -> AttentionLayout:
-    for layout in ATTENTION:
-        parts = (layout.attention, layout.q, layout.k, layout.v, layout.o, *layout.norms)
-        if all(_submodule(layer, part) is not None for part in parts):
-            return layout
-    children = ", ".join(name for name, _ in layer.named_children())
-    raise CannotOpen(
-        f"{architecture}: the layer {path} ({children}) has no attention and norms of a known layout; "
-        "this architecture is not supported"
-    )
-
-
-def _block(layer: Any, index: int, path: str, layout: AttentionLayout) -> Block:
-    sandwich = layout.norm_place == "sandwich"
-    mlp = _mlp_parts(layer, path)
-    write = layout.norms[2] if sandwich else layout.write or layout.attention
-    mlp_write = f"{path}.{layout.norms[3]}" if sandwich else mlp["mlp_write"]
-    if layout.mlp_write:
-        mlp_write = f"{path}.{layout.mlp_write}"
-    return Block(
-        index=index,
-        path=path,
-        attention=f"{path}.{layout.attention}",
-        q=f"{path}.{layout.q}",
-        k=f"{path}.{layout.k}",
-        v=f"{path}.{layout.v}",
-        o=f"{path}.{layout.o}",
-        attention_norm=f"{path}.{layout.norms[0]}",
-        mlp_norm=f"{path}.{layout.norms[1]}",
-        attention_write=f"{path}.{write}",
-        mixer="sink_heads" if hasattr(layer.get_submodule(layout.attention), "sinks") else layout.mixer,
-        **_cache_facts(layer.get_submodule(layout.attention), layout),
-        **{**mlp, "mlp_write": mlp_write},
-    )
-
-
-def _cache_facts(mixer: Any, layout: AttentionLayout) -> dict[str, Any]:
-    """What a mixer without plain keys and values keeps for the next token, in numbers."""
-    if layout.mixer == "latent":
-        return {"latent": mixer.kv_lora_rank + mixer.qk_rope_head_dim}
-    if layout.mixer == "mamba":
-        width = mixer.ssm_state_size + mixer.conv_kernel_size
-        return {"state": mixer.intermediate_size * width}
-    return {}
-
-
-def _mlp_parts(layer: Any, path: str) -> dict[str, Any]:
-    """The MLP fields of a ``Block``: a mixture of experts if the layer has one, else a dense MLP."""
-    place = next((name for name in MOE_BLOCKS if _submodule(layer, f"{name}.experts") is not None), None)
-    if place is not None:
-        base = f"{path}.{place}"
-        moe = layer.get_submodule(place)
-        router = _first_present(moe, "", ROUTERS)
-        # Every fused experts module of transformers carries the activation hook of its shared contract.
-        known = hasattr(moe.experts, "_apply_gate") or type(moe.experts).__name__ in SCALED_INPUT_EXPERTS
-        if router is None or not known:
-            raise CannotOpen(
-                f"{base}: {type(moe.experts).__name__} is not a fused experts module with a router named "
-                f"{' or '.join(ROUTERS)}; this mixture of experts is not supported"
-            )
-        shared = _first_present(moe, "", SHARED_EXPERTS)
-        return {
-            "mlp": base,
-            "mlp_write": base,
-            "gate": None,
-            "up": None,
-            "down": None,
-            "router": f"{base}.{router}",
-            "experts": f"{base}.experts",
-            "shared_expert": f"{base}.{shared}" if shared else None,
-        }
-    for layout in MLP:
-        parts = [part for part in (layout.module, layout.gate, layout.up, layout.down) if part]
-        if all(_submodule(layer, part) is not None for part in parts):
-            return {
-                "mlp": f"{path}.{layout.module}" if layout.module else None,
-                "mlp_write": f"{path}.{layout.module or layout.down}",
-                "gate": f"{path}.{layout.gate}" if layout.gate else None,
-                "up": f"{path}.{layout.up}",
-                "down": f"{path}.{layout.down}",
-            }
-    mlp = _submodule(layer, "mlp") or layer
-    children = ", ".join(name for name, _ in mlp.named_children())
-    raise CannotOpen(f"{path}: the MLP ({children}) has no known layout; this architecture is not supported")
-
-
 def _family(model: Any, layout: AttentionLayout) -> Family:
     if model.main_input_name == "pixel_values":
         return "vision"
@@ -229,7 +124,7 @@ def _family(model: Any, layout: AttentionLayout) -> Family:
 
 
 def _embedding(model: Any, architecture: str) -> str:
-    path = _path_of(model, model.get_input_embeddings())
+    path = path_of(model, model.get_input_embeddings())
     if path is None:
         raise CannotOpen(f"{architecture} has no input embedding module; this architecture is not supported")
     return path
@@ -240,14 +135,14 @@ def _head(model: Any) -> str | None:
     head = model.get_output_embeddings() or getattr(model, "classifier", None)
     if getattr(head, "in_features", None) not in (None, model.config.get_text_config().hidden_size):
         return None
-    return _path_of(model, head)
+    return path_of(model, head)
 
 
 def _final_norm(model: Any, base: str, around: str, layout: AttentionLayout) -> str | None:
     """None for a post-norm encoder, whose last block already norms; DINOv2's stands around its encoder."""
     if layout.norm_place == "post":
         return None
-    found = _first_present(model, base, FINAL_NORMS) or _first_present(model, around, FINAL_NORMS)
+    found = first_present(model, base, FINAL_NORMS) or first_present(model, around, FINAL_NORMS)
     if found is None:
         raise CannotOpen(
             f"{type(model).__name__}: no final norm among {', '.join(FINAL_NORMS)} in {base or 'the model'}"
@@ -295,10 +190,8 @@ def _moe_facts(model: Any, config: Any, blocks: tuple[Block, ...]) -> tuple[int,
 
 def _position_path(model: Any, base: str, around: str, family: Family) -> str | None:
     if family == "vision":
-        return _first_present(model, base, ("embeddings",)) or _path_or_none(
-            model, _join(around, "embeddings")
-        )
-    return _first_present(model, base, POSITIONS) or _first_present(model, around, POSITIONS)
+        return first_present(model, base, ("embeddings",)) or path_or_none(model, join(around, "embeddings"))
+    return first_present(model, base, POSITIONS) or first_present(model, around, POSITIONS)
 
 
 def _windows(config: Any, n_layers: int) -> tuple[int | None, ...]:
@@ -323,30 +216,3 @@ def _activation(config: Any) -> str:
     names = ("hidden_activation", "hidden_act", "activation_function")
     found: str = next(value for name in names if (value := getattr(config, name, None)))
     return found
-
-
-def _submodule(module: Any, path: str | None) -> Any | None:
-    if not path:
-        return None
-    try:
-        return module.get_submodule(path)
-    except AttributeError:
-        return None
-
-
-def _path_or_none(model: Any, path: str) -> str | None:
-    return path if _submodule(model, path) is not None else None
-
-
-def _first_present(model: Any, base: str, names: tuple[str, ...]) -> str | None:
-    paths = (_join(base, name) for name in names)
-    return next((path for path in paths if _submodule(model, path) is not None), None)
-
-
-def _path_of(model: Any, module: Any | None) -> str | None:
-    paths = (str(path) for path, candidate in model.named_modules() if candidate is module)
-    return next(paths, None)
-
-
-def _join(base: str, name: str) -> str:
-    return f"{base}.{name}" if base else name

@@ -13,11 +13,11 @@ from typing import Any
 
 from core.errors import CannotOpen
 from core.models.anatomy import Path
+from core.models.anatomy_layers import refuse_experts
 from core.models.anatomy_layouts import (
     ROUTERS,
     SCALED_INPUT_EXPERTS,
     SHARED_EXPERTS,
-    UNSUPPORTED_EXPERTS,
 )
 from core.routing.rules import Rule, rule_of
 
@@ -61,6 +61,7 @@ def moe_layers(model: Any) -> tuple[MoeLayer, ...]:
     Raises ``CannotOpen`` naming the module whose experts or router are of no known family.
     """
     model = getattr(model, "model", model) if hasattr(model, "anatomy") else model
+    refuse_experts(model)
     found = [
         _layer(model, path, module) for path, module in model.named_modules() if _is_experts(path, module)
     ]
@@ -94,12 +95,8 @@ def _text_config(model: Any) -> Any:
 
 
 def _is_experts(path: str, module: Any) -> bool:
-    """Whether a module is fused experts; refuses what is called ``experts`` or known and keeps no known contract."""
+    """Whether a module is fused experts; refuses what is called ``experts`` and keeps no known contract."""
     name = type(module).__name__
-    if name in UNSUPPORTED_EXPERTS:
-        raise CannotOpen(
-            f"{path}: {name} {UNSUPPORTED_EXPERTS[name]}; this mixture of experts is not supported"
-        )
     if hasattr(module, "_apply_gate") or name in SCALED_INPUT_EXPERTS:
         return True
     if path.rpartition(".")[2] == "experts":

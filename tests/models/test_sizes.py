@@ -20,7 +20,20 @@ from core.models.sizes import (
     predicted_bytes,
 )
 from core.types import ModelRef
-from tests.tiny import D_FF, D_MODEL, FAMILIES, LAYERS, VOCAB, tiny_folder, tiny_model
+from tests.tiny import (
+    D_FF,
+    D_MODEL,
+    DECODERS,
+    FAMILIES,
+    HEADLESS,
+    KV_HEADS,
+    LAYERS,
+    MOE,
+    SHIMMED,
+    VOCAB,
+    tiny_folder,
+    tiny_model,
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,14 +99,79 @@ def test_kv_cache_stops_growing_in_windows() -> None:
     assert kv_cache_bytes_per_token(anatomy, dtype_bytes=4, context=16) == per_layer
 
 
-def test_kv_cache_is_what_transformers_keeps() -> None:
+def _tensors(layer: Any) -> list[Any]:
+    """What one layer of transformers' cache holds: keys and values, or a Mamba layer's two states."""
     import torch
 
-    loaded = tiny_model("qwen3")
+    if hasattr(layer, "conv_states"):
+        states = (*layer.conv_states.values(), *layer.recurrent_states.values())
+        return [state for state in states if torch.is_tensor(state)]
+    return [layer.keys, layer.values]
+
+
+@pytest.mark.parametrize("context", [12, 15])
+@pytest.mark.parametrize("family", [*DECODERS, *HEADLESS, *SHIMMED])
+def test_kv_cache_is_what_transformers_keeps(family: str, context: int) -> None:
+    """Below every window; a latent's cache is one head as wide as the latent, a Mamba layer's does not grow."""
+    import torch
+
+    loaded = tiny_model(family)
     with torch.inference_mode():
-        cache = loaded.model(torch.arange(20)[None], use_cache=True).past_key_values
-    kept = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
-    assert kv_cache_bytes(loaded.anatomy, dtype_bytes=4, context=20) == kept
+        cache = loaded.model(torch.arange(context)[None], use_cache=True).past_key_values
+    kept = sum(t.nbytes for layer in cache.layers for t in _tensors(layer))
+    assert kv_cache_bytes(loaded.anatomy, dtype_bytes=4, context=context) == kept
+
+
+def test_kv_cache_of_latents_and_states_by_hand() -> None:
+    latent = tiny_model("deepseek_v3").anatomy
+    assert kv_cache_bytes_per_token(latent, dtype_bytes=2, context=10) == LAYERS * (40 + 16) * 2
+    jamba = tiny_model("jamba").anatomy
+    one_layer_attends = 2 * KV_HEADS * 32 * 2
+    assert kv_cache_bytes_per_token(jamba, dtype_bytes=2, context=10) == one_layer_attends
+    states = 2 * (2 * D_MODEL) * (8 + 4) * 2  # two Mamba layers, twice as wide as the stream
+    assert kv_cache_bytes(jamba, dtype_bytes=2, context=10) == states + 10 * one_layer_attends
+
+
+ACTIVE_MLP = {
+    # (all experts of a model, those one token passes): layers · experts · 3 · d · intermediate, shared ones beside
+    "mixtral": (3 * 4 * 3 * D_MODEL * D_FF, 3 * 2 * 3 * D_MODEL * D_FF),
+    "qwen3_moe": (2 * 4 * 3 * D_MODEL * 64, 2 * 2 * 3 * D_MODEL * 64),
+    "qwen2_moe": (2 * 4 * 3 * D_MODEL * 64, 2 * 2 * 3 * D_MODEL * 64),
+    "deepseek_v3": (2 * 16 * 3 * D_MODEL * 64, 2 * 2 * 3 * D_MODEL * 64),
+    "jamba": (2 * 4 * 3 * D_MODEL * D_FF, 2 * 2 * 3 * D_MODEL * D_FF),
+    "gpt_oss": (3 * 4 * (3 * D_MODEL * 64 + 2 * 64 + D_MODEL), 3 * 2 * (3 * D_MODEL * 64 + 2 * 64 + D_MODEL)),
+    "llama4": (1 * 4 * 3 * D_MODEL * 64, 1 * 2 * 3 * D_MODEL * 64),
+}
+
+
+@pytest.mark.parametrize("family", ACTIVE_MLP)
+def test_total_and_active_parameters_by_hand(family: str) -> None:
+    """total = dense + L · E · 3 d I, active = dense + L · (k + shared) · 3 d I; shared experts are in the dense part."""
+    loaded = tiny_model(family)
+    card = model_card(loaded)
+    by = card.components.groupby("component")["parameters"].sum()
+    of_experts, chosen = ACTIVE_MLP[family]
+    assert by["experts"] == of_experts
+    assert card.parameters == by.sum()
+    assert card.active_parameters == card.parameters - of_experts + chosen
+    shared = {
+        "qwen2_moe": 2 * 3 * D_MODEL * 96,
+        "deepseek_v3": 2 * 3 * D_MODEL * 64,
+        "llama4": 3 * D_MODEL * 64,
+    }
+    assert by.get("shared_expert", 0) == shared.get(family, 0)
+
+
+def test_a_dense_model_is_all_active() -> None:
+    card = model_card(tiny_model("llama"))
+    assert card.active_parameters == card.parameters
+
+
+@pytest.mark.parametrize("family", [*MOE, *SHIMMED])
+def test_every_parameter_of_a_mixture_has_its_component(family: str) -> None:
+    sizes = component_sizes(tiny_model(family))
+    assert not (sizes["component"] == "other").any()
+    assert (sizes["component"] == "router").any()
 
 
 def test_an_encoder_keeps_no_cache() -> None:
