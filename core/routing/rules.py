@@ -128,24 +128,32 @@ def decide(layer: MoeLayer, router: Any, logits_TE: Tensor) -> tuple[Tensor, Ten
     The order of the k slots is by choice score, falling; routers need not keep it. Raises ``ValueError`` for a layer
     whose rule is unknown.
     """
-    wide_TE = logits_TE.float()
+    scores_TE, choice_TE = choice_scores(layer, router, logits_TE)
+    top_TK, experts_TK = choice_TE.topk(layer.top_k, dim=-1)
     if layer.rule in ("topk_softmax", "topk_sigmoid"):
-        top_TK, experts_TK = wide_TE.topk(layer.top_k, dim=-1)
         return experts_TK, top_TK.softmax(-1) if layer.rule == "topk_softmax" else top_TK.sigmoid()
-    if layer.rule == "unknown":
-        raise ValueError(f"{layer.router}: {layer.router_class} follows no rule known here")
-    if layer.rule.startswith("sigmoid"):
-        scores_TE = wide_TE.sigmoid()
-        choice_TE = scores_TE + router.e_score_correction_bias
-        choice_TE = _best_groups(layer, choice_TE, best_of_group=2)
-    else:
-        scores_TE = wide_TE.softmax(-1)
-        choice_TE = _best_groups(layer, scores_TE, best_of_group=1)
-    experts_TK = choice_TE.topk(layer.top_k, dim=-1).indices
     weights_TK = scores_TE.gather(-1, experts_TK)
     if layer.rule.endswith("renorm"):
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
     return experts_TK, weights_TK * layer.scale
+
+
+def choice_scores(layer: MoeLayer, router: Any, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """What routing weights are taken from, and what the k largest of are chosen: [T, E] both, float32.
+
+    The second is −∞ for experts whose group was not. Raises ``ValueError`` for a layer whose rule is unknown.
+    """
+    wide_TE = logits_TE.float()
+    if layer.rule == "unknown":
+        raise ValueError(f"{layer.router}: {layer.router_class} follows no rule known here")
+    if layer.rule in ("topk_softmax", "topk_sigmoid"):
+        return wide_TE, wide_TE
+    if layer.rule.startswith("sigmoid"):
+        scores_TE = wide_TE.sigmoid()
+        biased_TE = scores_TE + router.e_score_correction_bias
+        return scores_TE, _best_groups(layer, biased_TE, best_of_group=2)
+    scores_TE = wide_TE.softmax(-1)
+    return scores_TE, _best_groups(layer, scores_TE, best_of_group=1)
 
 
 def _best_groups(layer: MoeLayer, choice_TE: Tensor, *, best_of_group: int) -> Tensor:
