@@ -58,7 +58,7 @@ class DensifySettings(Settings):
         description="fitted: constants with the least squared error on calibration text; mean: the average routing weight",
     )
     max_tokens: int = Field(
-        default=8192, ge=512, description="Calibration tokens; a fifth is held out to measure on"
+        default=8192, ge=64, description="Calibration tokens; a fifth is held out to measure on"
     )
     seed: int = Field(default=0, ge=0, description="Seed of the random selection")
 

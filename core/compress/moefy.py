@@ -58,7 +58,7 @@ class MoefySettings(Settings):
         "similar gate rows",
     )
     max_tokens: int = Field(
-        default=8192, ge=512, description="Calibration tokens; a fifth is held out to measure the routers on"
+        default=8192, ge=64, description="Calibration tokens; a fifth is held out to measure the routers on"
     )
     seed: int = Field(default=0, ge=0, description="Seed of the clustering and of the choice by chance")
 

@@ -30,6 +30,13 @@ DENSE_OF = {
 }  # fmt: skip
 """And back. DeepSeek-V3 can have dense layers only. Nothing dense has OLMoE's norm over all query heads at once: it
 becomes an OLMoE of one expert, whose routing weight is softmax over one number, 1."""
+WHY_NOT = {
+    "gpt_oss": "its experts have biases and a gate of their own kind",
+    "llama4": "it scales what its experts read, not what they put out",
+    "jamba": "its layers alternate with Mamba, and no relative has dense ones only",
+    "gemma2": "its sandwich norms are found in no plain mixture of experts",
+}
+"""What is known to stand in the way of a family that has no relative."""
 SHARED_WIDTH = 128
 """Qwen2-MoE always has a shared expert. Where it has nothing to do it is zeros, as narrow as the widest group that a
 quantizing step can ask for."""
@@ -47,7 +54,7 @@ def moe_config(loaded: LoadedModel, *, n_experts: int, top_k: int, width: int) -
 
     Its routing weights sum to 1. Raises ``CannotCompress`` for an architecture that has no such relative.
     """
-    kind = _relative(loaded, MOE_OF, "a dense model", "a mixture of experts")
+    kind = _relative(loaded, MOE_OF, "a dense model", "mixture of experts")
     own: dict[str, Any] = {"num_experts_per_tok": top_k}
     if kind == "mixtral":
         own |= {"num_local_experts": n_experts, "intermediate_size": width}
@@ -63,7 +70,7 @@ def moe_config(loaded: LoadedModel, *, n_experts: int, top_k: int, width: int) -
 
 def dense_config(loaded: LoadedModel, *, width: int) -> Any:
     """The config of a dense model with MLPs of ``width`` neurons that is else ``loaded``."""
-    kind = _relative(loaded, DENSE_OF, "a mixture of experts", "a dense model with gated MLPs")
+    kind = _relative(loaded, DENSE_OF, "a mixture of experts", "dense model")
     own: dict[str, Any] = {"intermediate_size": width}
     if kind == "deepseek_v3":
         own["first_k_dense_replace"] = loaded.anatomy.n_layers
@@ -180,9 +187,10 @@ def refuse_gap(loaded: LoadedModel, model: Any, gap: float) -> None:
 def _relative(loaded: LoadedModel, table: Mapping[str, str], what: str, wanted: str) -> str:
     kind = loaded.anatomy.model_type
     if kind not in table:
+        why = f": {WHY_NOT[kind]}" if kind in WHY_NOT else ""
         raise CannotCompress(
-            f"transformers has no {wanted.removeprefix('a ')} known to be built like {loaded.anatomy.architecture}, so the "
-            f"result could not be loaded; choose {what} of type {', '.join(table)}"
+            f"transformers has no {wanted} known to be built like {loaded.anatomy.architecture}{why}, so the result could "
+            f"not be loaded; choose {what} of type {', '.join(table)}"
         )
     return table[kind]
 
