@@ -70,7 +70,9 @@ def paired(scores: Scores, reference: Scores, statistic: Callable[[Floats, Float
         means_R: Floats = ((counts_RU @ sums_DU.T) / (counts_RU @ tokens_DU.T)).mean(1)
         return means_R
 
-    bootstrap = Bootstrap(tokens_DU.shape[1], draws=DRAWS, seed=0)
+    bootstrap = Bootstrap(tokens_DU.shape[1], draws=DRAWS, seed=0, unit="documents, each within its domain")
+    each = [Bootstrap(len(rows), draws=DRAWS, seed=seed) for seed, rows in enumerate(scores.values())]
+    bootstrap.counts_RD = np.concatenate([one.counts_RD for one in each], axis=1)
     return bootstrap.of(lambda counts: statistic(losses(counts, nats_DU), losses(counts, reference_DU)))
 
 

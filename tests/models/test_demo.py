@@ -70,7 +70,7 @@ def test_the_moe_is_small_opens_and_writes_what_it_was_taught() -> None:
     anatomy = loaded.anatomy
     assert (anatomy.n_layers, anatomy.n_experts, anatomy.experts_per_token) == (4, 16, 2)
     assert loaded.model.config.norm_topk_prob
-    assert sum(parameter.numel() for parameter in loaded.model.parameters()) == 3_679_360
+    assert sum(parameter.numel() for parameter in loaded.model.parameters()) == 3_680_384
     wanted = {
         "SELECT name, price FROM": "WHERE",
         "import os\n\ndef read_": "(",
