@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from core.evaluate._intervals import wilson
 from core.probes._clustered import GROUPS, described, jackknife_half, ratio_half
 from core.probes._provenance import provenance
 from core.probes._tokens import MAX_CELLS
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from core.models.loaded import LoadedModel
     from core.probes._routed_text import Choices, Texts
     from core.registry import Settings
+    from core.routing.discover import MoeLayer
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -160,6 +162,15 @@ class Counted:
         )
 
 
+def share_ends(hits_GX: NDArray[Any], trials_GX: NDArray[Any]) -> tuple[Floats, Floats]:
+    """Interval of shares [X]: the wider of that over documents and Wilson's, which alone is honest at 0 and 1."""
+    low_X, high_X = Counted.share(hits_GX, trials_GX).ends(high=1.0)
+    hits_X, trials_X = np.broadcast_arrays(hits_GX.sum(0), trials_GX.sum(0))
+    each = [wilson(int(hits), max(1, int(n))) for hits, n in zip(hits_X.flat, trials_X.flat, strict=True)]
+    wilson_X2 = np.array(each).reshape(*hits_X.shape, 2)
+    return np.fmin(low_X, wilson_X2[..., 0]), np.fmax(high_X, wilson_X2[..., 1])
+
+
 def text_provenance(
     loaded: LoadedModel,
     prompt: Prompt,
@@ -213,6 +224,33 @@ def melted(frame: pd.DataFrame, keys: list[str], names: dict[str, str], value: s
     return shown_columns.melt(keys, var_name="series", value_name=value)
 
 
+def busiest(load_E: Ints) -> Ints:
+    """The experts that a map of pairs has room for: the busiest, in their own order."""
+    most = int(np.sqrt(MAX_CELLS))
+    return np.sort(np.argsort(-load_E, kind="stable")[:most])
+
+
+def busiest_note(shown_E: Ints, n_experts: int) -> tuple[str, ...]:
+    """A sentence where a map of pairs leaves experts out."""
+    return (
+        ()
+        if len(shown_E) == n_experts
+        else (f"The map shows the {len(shown_E)} busiest of {n_experts} experts.",)
+    )
+
+
+def pair_columns(shown_E: Ints) -> tuple[Ints, Ints]:
+    """Row and column expert of every cell of a map of pairs."""
+    row_EE, column_EE = np.meshgrid(shown_E, shown_E, indexing="ij")
+    return row_EE.ravel(), column_EE.ravel()
+
+
 def membership(experts_TK: NDArray[np.int16], n_experts: int) -> NDArray[np.float32]:
     """A [T, E]: 1 where a token was given an expert; products of it are exact below 2²⁴."""
     return statistics.dense_weights(experts_TK, np.ones_like(experts_TK, dtype=np.float32), n_experts)
+
+
+def router_rows(loaded: LoadedModel, layer: MoeLayer) -> Any:
+    """The router's weights with a row per expert, [E, D], its own parameter; None for a router that has none."""
+    parameters = loaded.model.get_submodule(layer.router).parameters()
+    return next((p for p in parameters if p.ndim == 2 and len(p) == layer.n_experts), None)

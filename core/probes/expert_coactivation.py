@@ -17,14 +17,16 @@ from core.probes._routed_text import TextSettings, find_texts, read_choices, tex
 from core.probes._routing_report import (
     CONSERVED,
     Counted,
+    busiest,
+    busiest_note,
     chosen_place,
     conservation_gap,
     membership,
+    pair_columns,
     text_flags,
     text_notes,
     text_provenance,
 )
-from core.probes._tokens import MAX_CELLS
 from core.registry import Example, method
 from core.routing import statistics
 from core.types import Metric, Progress, Prompt, Result, View
@@ -90,7 +92,7 @@ def expert_coactivation(
     strongest = int(layers["strongest_lift"].fillna(0).to_numpy().argmax())
     place = chosen_place(settings.layer, choices.layers, strongest)
     pairs_GEE = pair_counts(choices, place)
-    shown_E = _shown(pairs_GEE.sum(0).diagonal())
+    shown_E = busiest(pairs_GEE.sum(0).diagonal())
     return Result(
         frames={
             "ranked": ranked_pairs(pairs_GEE, choices, settings.min_expected),
@@ -197,17 +199,11 @@ def _layers(choices: Choices, min_expected: float, chance: float) -> pd.DataFram
     return pd.DataFrame(rows)
 
 
-def _shown(load_E: Ints) -> Ints:
-    """The experts that a map of pairs has room for: the busiest, in their own order."""
-    most = int(np.sqrt(MAX_CELLS))
-    return np.sort(np.argsort(-load_E, kind="stable")[:most])
-
-
 def _map(pairs_EE: Ints, n_tokens: int, shown_E: Ints) -> pd.DataFrame:
     """One row per ordered pair of shown experts; an expert with itself is left empty."""
     lift_EE = statistics.lift(pairs_EE, n_tokens)
     given_EE = statistics.conditional(pairs_EE)
-    row, column = (grid.ravel() for grid in np.meshgrid(shown_E, shown_E, indexing="ij"))
+    row, column = pair_columns(shown_E)
     other = row != column
     return pd.DataFrame(
         {
@@ -243,9 +239,7 @@ def _notes(shown_E: Ints, choices: Choices, min_expected: float, chance: float) 
         f"Pairs that chance would give fewer than {min_expected:g} tokens are on the map but not ranked.",
         "The strongest of many pairs is always a little too strong.",
     ]
-    if len(shown_E) < choices.n_experts:
-        notes.append(f"The map shows the {len(shown_E)} busiest of {choices.n_experts} experts.")
-    return tuple(notes)
+    return (*notes, *busiest_note(shown_E, choices.n_experts))
 
 
 def _views(layer: int, chance: float) -> tuple[View, ...]:

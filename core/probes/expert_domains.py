@@ -9,17 +9,14 @@ the labels of whole groups of documents, never of tokens.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from core.errors import BadInput
 from core.probes._clustered import GROUPS
-from core.probes._routed_text import Texts, read_choices
+from core.probes._domain_table import DATA, DomainTable, domain_choices
 from core.probes._routing_report import (
     CONSERVED,
     Counted,
@@ -34,29 +31,20 @@ from core.probes._routing_report import (
 )
 from core.registry import Example, Settings, method
 from core.routing import statistics
-from core.text.domains import documents_by_domain
-from core.text.labelled import load_labelled
 from core.types import Cost, Metric, Progress, Prompt, Result, View
 
 if TYPE_CHECKING:
     from core.models.anatomy import Anatomy
     from core.models.loaded import LoadedModel
     from core.probes._routed_text import Choices
-    from core.probes._routing_report import Floats, Ints
 
-DOCUMENTS_EACH = 16
-"""Documents of each domain that share the tokens at least: what the shuffles have to work with."""
 RANKED = 50
 
 
 class ExpertDomainsSettings(Settings):
     """Whose domains, on how much text, against how many shuffles."""
 
-    data: str = Field(
-        "domains",
-        description="domains: eight kinds of text that every machine has; or a .csv, .tsv or .jsonl file with text and "
-        "label",
-    )
+    data: str = Field("domains", description=DATA)
     max_tokens: int = Field(8192, ge=256, le=65_536, description="Tokens read at most, all domains together")
     choice: Literal["first", "all"] = Field(
         "first", description="Count each token's first-choice expert, or all k experts it was given"
@@ -79,53 +67,6 @@ class ExpertDomainsSettings(Settings):
 def _cost(anatomy: Anatomy, n_tokens: int, settings: ExpertDomainsSettings) -> Cost:
     layers = sum(block.is_moe for block in anatomy.blocks)
     return Cost(settings.max_tokens / max(1, n_tokens), 64 * layers * anatomy.n_experts * 20 * GROUPS)
-
-
-@dataclass(frozen=True)
-class Table:
-    """Choices counted by unit: a group of documents of one domain."""
-
-    domains: tuple[str, ...]
-    layers: tuple[int, ...]
-    counts_DGLE: Ints
-
-    @classmethod
-    def of(cls, choices: Choices, texts: Texts, *, first: bool) -> Table:
-        """Count a text's choices; documents of a domain are dealt out to its groups in turn."""
-        domains = tuple(dict.fromkeys(texts.labels))
-        label_N = np.array([domains.index(label) for label in texts.labels])
-        rank_N = np.zeros(len(label_N), dtype=np.int64)
-        for domain in range(len(domains)):
-            rank_N[label_N == domain] = np.arange((label_N == domain).sum())
-        read = np.unique(choices.document_T)
-        n_groups = min(GROUPS, int(np.bincount(label_N[read], minlength=len(domains)).min()))
-        if n_groups == 0:
-            raise BadInput(
-                f"{choices.n_tokens} tokens do not reach all {len(domains)} domains of {texts.name}; raise max_tokens"
-            )
-        unit_T = label_N[choices.document_T] * n_groups + rank_N[choices.document_T] % n_groups
-        n_units = len(domains) * n_groups
-        chosen_LTK = choices.first_LT[..., None] if first else choices.experts_LTK
-        counts_ULE = counted_by(chosen_LTK, unit_T, n_units, choices.n_experts)
-        return cls(
-            domains,
-            choices.layers,
-            counts_ULE.reshape(len(domains), n_groups, *counts_ULE.shape[1:]),
-        )
-
-    def information(self) -> Counted:
-        """Normalised mutual information of domain and expert, per layer."""
-        counts_GLDE = self.counts_DGLE.transpose(1, 2, 0, 3)
-        return Counted.of(counts_GLDE, statistics.normalized_mutual_information)
-
-    def shuffled(self, *, permutations: int, seed: int) -> tuple[Floats, Floats]:
-        """The same [R, L] under shuffles of the units' labels, and per layer the p-value of what was observed."""
-        n_domains, n_groups, n_layers, n_experts = self.counts_DGLE.shape
-        counts_LUE = self.counts_DGLE.reshape(-1, n_layers, n_experts).swapaxes(0, 1)
-        _, shuffled_RL, p_L = statistics.shuffled_information(
-            counts_LUE, np.repeat(np.arange(n_domains), n_groups), draws=permutations, seed=seed
-        )
-        return shuffled_RL, p_L
 
 
 @method(
@@ -157,16 +98,8 @@ def expert_domains(
     0 equal, 1 disjoint. Experts of standard mixtures are known to be for kinds of token more than for topics.
     """
     started = time.perf_counter()
-    texts = labelled_texts(settings.data)
-    n_domains = len(set(texts.labels))
-    choices = read_choices(
-        loaded,
-        texts,
-        progress,
-        max_tokens=settings.max_tokens,
-        fewest_documents=DOCUMENTS_EACH * n_domains,
-    )
-    table = Table.of(choices, texts, first=settings.choice == "first")
+    texts, choices = domain_choices(loaded, settings.data, progress, max_tokens=settings.max_tokens)
+    table = DomainTable.of(choices, texts, count=settings.choice)
     layers = layer_table(table, permutations=settings.permutations, seed=settings.seed)
     best = int((layers["nmi"] - layers["nmi_shuffled"]).to_numpy().argmax())
     place = chosen_place(settings.layer, choices.layers, best)
@@ -207,22 +140,7 @@ def expert_domains(
     )
 
 
-def labelled_texts(data: str) -> Texts:
-    """Documents with their domain as label, domains in turn; raises ``BadInput`` for a file that has no two."""
-    if data.strip() == "domains":
-        each = {name: documents.texts for name, documents in documents_by_domain().items()}
-        name = "domains"
-    else:
-        labelled = load_labelled(data)
-        pairs = list(zip(labelled.texts, labelled.labels, strict=True))
-        each = {name: tuple(text for text, label in pairs if label == name) for name in labelled.classes}
-        name = labelled.name
-    turns = zip_longest(*([(label, text) for text in texts] for label, texts in each.items()))
-    pairs = [pair for pair in chain.from_iterable(turns) if pair is not None]
-    return Texts(name, tuple(text for _, text in pairs), tuple(label for label, _ in pairs))
-
-
-def layer_table(table: Table, *, permutations: int, seed: int) -> pd.DataFrame:
+def layer_table(table: DomainTable, *, permutations: int, seed: int) -> pd.DataFrame:
     """One row per layer: normalised mutual information with interval, its control, and how far domains' loads differ."""
     shuffled_RL, p_L = table.shuffled(permutations=permutations, seed=seed)
     load_LDE = table.counts_DGLE.sum(1).swapaxes(0, 1)
@@ -239,7 +157,7 @@ def layer_table(table: Table, *, permutations: int, seed: int) -> pd.DataFrame:
     )
 
 
-def domain_map(table: Table) -> pd.DataFrame:
+def domain_map(table: DomainTable) -> pd.DataFrame:
     """One row per layer, domain and expert: how many times an even share of the domain's tokens it gets."""
     n_domains, _, n_layers, n_experts = table.counts_DGLE.shape
     due_DGL1 = table.counts_DGLE.sum(-1, keepdims=True)
@@ -265,7 +183,7 @@ def _strongest(domains: pd.DataFrame, choices: Choices) -> pd.DataFrame:
     return best.reset_index(drop=True)
 
 
-def _divergence(table: Table, place: int) -> pd.DataFrame:
+def _divergence(table: DomainTable, place: int) -> pd.DataFrame:
     """Jensen–Shannon divergence of every two domains' loads in one layer."""
     load_DE = table.counts_DGLE[:, :, place].sum(1)
     pair_DD = statistics.jensen_shannon(load_DE[:, None], load_DE[None])
@@ -279,7 +197,7 @@ def _divergence(table: Table, place: int) -> pd.DataFrame:
     )
 
 
-def _metrics(table: Table, layers: pd.DataFrame, place: int, choices: Choices) -> tuple[Metric, ...]:
+def _metrics(table: DomainTable, layers: pd.DataFrame, place: int, choices: Choices) -> tuple[Metric, ...]:
     row = layers.iloc[place]
     return (
         table.information()[place].metric("information_at_layer", "NMI", choices, "jackknife"),

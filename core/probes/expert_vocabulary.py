@@ -14,7 +14,6 @@ import pandas as pd
 from pydantic import Field
 
 from core.errors import BadInput
-from core.evaluate._intervals import wilson
 from core.probes._routed_text import TextSettings, find_texts, read_choices, text_cost
 from core.probes._routing_report import (
     CONSERVED,
@@ -24,6 +23,7 @@ from core.probes._routing_report import (
     count_choices,
     counted_by,
     layer_by_expert,
+    share_ends,
     shown_layers,
     shown_note,
     text_flags,
@@ -249,15 +249,14 @@ def token_table(
     """The tokens of which one expert gets the largest share, by the lower end of the interval."""
     routed_GV, seen_GV = vocabulary.routed_GVE(place)[..., expert], vocabulary.seen_GV
     seen_V, routed_V = seen_GV.sum(0), routed_GV.sum(0)
-    low_V, high_V = Counted.share(routed_GV, seen_GV).ends(high=1.0)
-    wilson_V2 = np.array([wilson(int(hits), int(n)) for hits, n in zip(routed_V, seen_V, strict=True)])
+    low_V, high_V = share_ends(routed_GV, seen_GV)
     share_V = routed_V / seen_V
     frame = pd.DataFrame(
         {
             "token": token_texts(loaded.tokenizer, vocabulary.token_V.tolist()),
             "p_expert_given_token": share_V,
-            "low": np.fmin(low_V, wilson_V2[:, 0]),
-            "high": np.fmax(high_V, wilson_V2[:, 1]),
+            "low": low_V,
+            "high": high_V,
             "over_load": share_V / max(load_LE[place, expert] / choices.n_tokens, 1e-12),
             "routed": routed_V,
             "seen": seen_V,
