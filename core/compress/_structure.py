@@ -72,6 +72,8 @@ def structural_result(
     notes: Sequence[str] = (),
     inputs: Mapping[str, str] | None = None,
     conditions: Mapping[str, Any] | None = None,
+    exactness_gap: float | None = None,
+    exactness_check: str = "",
 ) -> Result:
     """The result of a step that changed the structure: what happened to every tensor, and what the method adds."""
     frame = changes(before, loaded)
@@ -82,6 +84,7 @@ def structural_result(
         Provenance(
             method, settings.model_dump(mode="json"), loaded.fingerprint, inputs=inputs or {}, dtype=loaded.dtype,
             device=loaded.device, conditions=conditions or {}, seconds=time.monotonic() - before.started,
+            exactness_gap=exactness_gap, exactness_check=exactness_check,
         ),
         tuple(note for note in notes if note),
     )  # fmt: skip
