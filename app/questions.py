@@ -21,9 +21,9 @@ QUESTIONS: tuple[Question, ...] = (
     "Where is the fact?",
     "What does this layer know?",
     "What did it compute?",
-    "What did compression break?",
     "Which expert does what?",
     "What if it routed otherwise?",
+    "What did compression break?",
 )
 """In the order in which they are offered."""
 FALLBACK: Question = "What did it compute?"

@@ -185,6 +185,8 @@ class View:
     unit: str = ""
     midpoint: float | None = None
     log: bool = False
+    nominal: bool = False
+    """``color`` says which, not how much: an expert's number; a strip of tokens gives each its own hue."""
     tooltip: tuple[str, ...] = ()
 
     @property

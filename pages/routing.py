@@ -15,8 +15,11 @@ with top:
     if not seen.card.anatomy.n_experts:
         parts.dense(seen.source, seen.card)
         st.stop()
-    facts = st.container()
-    desk(questions.of_page("routing"), seen.source, seen.card, seen.run, first=questions.FIRST["routing"])
-with facts:
-    parts.facts(seen.card)
-    parts.next_steps()
+    desk(
+        questions.of_page("routing"),
+        seen.source,
+        seen.card,
+        seen.run,
+        first=questions.FIRST["routing"],
+        facts=parts.facts,
+    )

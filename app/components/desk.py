@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import streamlit as st
@@ -39,9 +39,22 @@ class Asked:
     """Source of the original that a comparing probe holds the model against."""
 
 
-def desk(probes: Mapping[str, Method], source: str, card: ModelCard, run: Run | None, *, first: str) -> None:
-    """Draw the questions, the input and the answer; ``first`` is the probe that is asked when none was chosen."""
+def desk(
+    probes: Mapping[str, Method],
+    source: str,
+    card: ModelCard,
+    run: Run | None,
+    *,
+    first: str,
+    facts: Callable[[ModelCard], None] | None = None,
+) -> None:
+    """Draw the questions, the input and the answer.
+
+    ``first`` is the probe that is asked when none was chosen; ``facts`` draws what is to be known of the model before.
+    """
     head = st.container()
+    if facts is not None:
+        facts(card)
     question_bar(probes, card, first)
     asked = _form(probes, source, card, first)
     if asked.settings is None or asked.prompt is None:

@@ -21,7 +21,7 @@ ABOUT = About(
 
 
 def facts(card: ModelCard) -> None:
-    """The headline: experts, how many of the parameters one token uses, where the bytes are."""
+    """The headline: experts, how many of the parameters one token uses, where the bytes are, and how to have fewer."""
     anatomy, components = card.anatomy, card.components
     layers = sum(block.is_moe for block in anatomy.blocks)
     experts = components[components["component"] == "experts"]
@@ -51,9 +51,10 @@ def facts(card: ModelCard) -> None:
         grid.metric(
             label, value, delta=beneath, delta_color="off", delta_arrow="off", border=True, height="stretch"
         )
+    _next_steps()
 
 
-def next_steps() -> None:
+def _next_steps() -> None:
     """A link to every method that compresses by routing, with its default recipe ready to be changed."""
     with st.container(horizontal=True, gap="small", vertical_alignment="center"):
         st.caption("Make it smaller", width="content")

@@ -159,4 +159,5 @@ def tokens_card(cells: Cells, view: View, key: str, look: Look) -> None:
             on_pick=on_pick,
             midpoint=view.midpoint,
             limits=look.of(view, view.color),
+            nominal=format.label(view.color) if view.nominal else "",
         )

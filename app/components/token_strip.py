@@ -6,6 +6,7 @@ Model text reaches the page through ``textContent`` and ``setAttribute`` only, n
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -21,18 +22,27 @@ _CSS = """
 .tok:hover { outline: 1px solid var(--st-gray-color); }
 .tok:focus-visible { outline: 2px solid var(--st-primary-color); }
 .tok[aria-selected="true"] { outline: 2px solid #F08C00; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 12px; padding-top: 8px; font: 12px var(--st-font);
+  color: var(--st-text-color); font-variant-numeric: tabular-nums; }
+.chip { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 4px; }
 .plain { color: var(--st-text-color); border-bottom: 1px dashed var(--st-border-color); }
 """
 _JS = (
     PALETTE_JS
     + """
 const S = new WeakMap();
+// Neighbouring numbers are a golden angle apart, so that sixteen experts are told apart and 128 still mostly.
+const hue = (i) => {
+  const h = ((i * 137.508 + 215) % 360) / 60, light = [0.62, 0.46, 0.74][i % 3], a = 0.62 * Math.min(light, 1 - light);
+  const part = (n) => { const k = (n + h * 2) % 12; return Math.round(255 * (light - a * Math.max(-1, Math.min(k - 3, 9 - k, 1)))); };
+  return [part(0), part(8), part(4)];
+};
 export default function ({ data, parentElement, setTriggerValue }) {
   let s = S.get(parentElement);
   if (!s) {
-    s = { root: document.createElement("div"), toks: [] };
-    s.root.className = "strip"; s.root.setAttribute("role", "listbox");
-    parentElement.appendChild(s.root); S.set(parentElement, s);
+    s = { root: document.createElement("div"), legend: document.createElement("div"), toks: [] };
+    s.root.className = "strip"; s.root.setAttribute("role", "listbox"); s.legend.className = "legend";
+    parentElement.append(s.root, s.legend); S.set(parentElement, s);
   }
   const stops = ramp(parentElement.host ?? s.root, data.diverging), look = data.sig + stops.join();
   s.root.setAttribute("aria-label", data.label);
@@ -45,13 +55,18 @@ export default function ({ data, parentElement, setTriggerValue }) {
       el.setAttribute("role", "option");
       if (data.missing[i]) el.classList.add("plain");
       else {
-        const c = colors.subarray(q[i] * 4, q[i] * 4 + 3);
+        const c = data.groups ? hue(data.groups[i]) : colors.subarray(q[i] * 4, q[i] * 4 + 3);
         el.style.background = `rgb(${c.join()})`; el.style.color = ink(c);
       }
       el.textContent = text.replaceAll("\\n", "\\u23ce\\n");
       return el;
     });
     s.root.replaceChildren(...s.toks);
+    s.legend.replaceChildren(...(data.legend ?? []).map(([group, text]) => {
+      const item = document.createElement("span"), chip = document.createElement("span");
+      chip.className = "chip"; chip.style.background = `rgb(${hue(group).join()})`; item.append(chip, text);
+      return item;
+    }));
   }
   s.toks.forEach((el, i) => {
     el.setAttribute("aria-selected", String(i === data.selected));
@@ -69,6 +84,8 @@ export default function ({ data, parentElement, setTriggerValue }) {
 }
 """
 )
+LEGEND = 12
+"""Groups named beneath a nominal strip: the most frequent ones."""
 _mount = st.components.v2.component("slimscope_token_strip", css=_CSS, js=_JS)
 
 
@@ -83,13 +100,21 @@ def token_strip(
     on_pick: Callable[[int], None],
     midpoint: float | None = None,
     limits: tuple[float, float] | None = None,
+    nominal: str = "",
 ) -> None:
     """Draw ``tokens`` coloured by ``values`` (NaN: no colour); a click or Enter calls ``on_pick`` with the index.
 
-    ``hover`` is the tooltip of each token, ``midpoint`` asks for the diverging ramp about that value.
+    ``hover`` is the tooltip of each token, ``midpoint`` asks for the diverging ramp about that value. ``nominal`` is the
+    word for what the values number, e.g. expert: each number then has a hue of its own, and the frequent ones a legend.
     """
     numbers = np.asarray(values, dtype=np.float64)
+    missing = np.isnan(numbers)
     levels = to_levels(numbers, midpoint=midpoint, limits=limits)
+    groups = np.where(missing, 0, numbers).astype(int).tolist() if nominal else None
+    legend = [
+        (group, f"{nominal} {group}: {times}")
+        for group, times in Counter(numbers[~missing].astype(int).tolist()).most_common(LEGEND)
+    ]
 
     def picked() -> None:
         index = (st.session_state.get(key) or {}).get("token")
@@ -102,7 +127,9 @@ def token_strip(
             "tokens": list(tokens),
             "hover": list(hover),
             "q": levels.encoded,
-            "missing": np.isnan(numbers).tolist(),
+            "missing": missing.tolist(),
+            "groups": groups,
+            "legend": legend if nominal else None,
             "diverging": midpoint is not None,
             "label": label,
             "selected": selected,

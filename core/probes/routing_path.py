@@ -193,6 +193,7 @@ def _views(layer: int, position: int, token: str) -> tuple[View, ...]:
             text="token",
             frame="tokens",
             title=f"Layer {layer}: first-choice expert of each token",
+            nominal=True,
             tooltip=("experts", "entropy_nats", "margin"),
         ),
         View(
