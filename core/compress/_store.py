@@ -61,7 +61,7 @@ def predicted_bytes(loaded: LoadedModel) -> int:
 
 def format_name(loaded: LoadedModel) -> str:
     """What the weights are stored as: packed schemes, integer grids first, or else the dtype."""
-    schemes = {packed.scheme for packed in loaded.packed.values()}
+    schemes = {scheme for packed in loaded.packed.values() for scheme in packed.schemes}
     labels = sorted({s.label for s in schemes}, key=lambda label: (not label.startswith("int"), label))
     return " + ".join(labels) or loaded.dtype
 

@@ -20,7 +20,7 @@ from core.registry import Need
 from core.types import Family, ModelRef
 
 if TYPE_CHECKING:
-    from core.numerics.packed import PackedTensor
+    from core.numerics.packed import PackedExperts, PackedTensor
 
 Pooling = Literal["mean", "cls"]
 
@@ -48,7 +48,7 @@ class LoadedModel:
     """Plain sentences a reader must know about these weights."""
     checks: Mapping[str, float] = field(default_factory=dict)
     """Identity of the anatomy → its largest relative difference, from ``verify_anatomy`` at load."""
-    packed: dict[str, PackedTensor] = field(default_factory=dict)
+    packed: dict[str, PackedTensor | PackedExperts] = field(default_factory=dict)
     """Module path → packed weight; empty unless a compress step put it there."""
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
