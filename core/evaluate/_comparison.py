@@ -27,9 +27,10 @@ class Material(Protocol):
 
 def refuse_calibration(documents: Documents) -> None:
     """Raise ``BadInput`` for text that a variant may have been fitted to."""
-    if documents.split == "calibration":
+    if documents.split != "evaluation":
+        what = "calibration" if documents.split == "calibration" else "training"
         raise BadInput(
-            f"{documents.name} was loaded for calibration, and a variant may have been fitted to it; "
+            f"{documents.name} was loaded for {what}, and a variant may have been fitted to it; "
             "evaluate on the evaluation half"
         )
 
