@@ -8,7 +8,7 @@ VENV      := .venv
 BIN       := $(VENV)/bin
 PIP       := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 
-.PHONY: run setup test check bench bench-inspect docs chromium clean
+.PHONY: run setup test check bench bench-inspect bench-moe docs chromium clean
 .DEFAULT_GOAL := run
 
 run: setup                     ## open the dashboard on 127.0.0.1:$(PORT)
@@ -33,6 +33,9 @@ bench: setup                   ## one table per benchmark; ratios in one run
 
 bench-inspect: setup           ## looking inside: ratios on ten prompt pairs; 1 thread, so that CPU time compares on a busy machine
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/inspection.py --pairs 10 --threads 1
+
+bench-moe: setup               ## mixture of experts: routing capture against a plain forward, a million tokens counted; 1 thread, as above
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/moe.py --threads 1
 
 docs: $(VENV)/.installed-dev   ## rewrite the method table in README.md from the registry
 	$(BIN)/python scripts/method_table.py

@@ -76,11 +76,11 @@ def experts_forward(module: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
     lens, layer = active
     layer.fired = True
     seen = seen_by(lens, layer, hidden_TD, (experts_TK, weights_TK))
-    used = _decide(lens.change, seen, (experts_TK, weights_TK))
+    used = _decide(lens.change, layer, seen, (experts_TK, weights_TK))
     # A slot that reaches no expert is computed by expert 0 with weight 0.
-    reached_SK = (used[0] >= 0) & (used[0] < layer.at.n_experts)
-    experts_TK = used[0].where(reached_SK, 0)
-    weights_TK = used[1].where(reached_SK, 0).to(weights_TK.dtype)
+    reached_TK = (used[0] >= 0) & (used[0] < layer.at.n_experts)
+    experts_TK = used[0].where(reached_TK, 0)
+    weights_TK = used[1].where(reached_TK, 0).to(weights_TK.dtype)
     with _standing_in(module, layer.weights):
         if not (lens.norms or lens.outputs):
             outputs_SD, result_TD = None, own(module, hidden_TD, experts_TK, weights_TK)
@@ -104,15 +104,15 @@ def _one_by_one(
     return outputs_SD, weighted_SD.view(-1, n_slots, hidden_TD.shape[1]).sum(dim=1).to(hidden_TD.dtype)
 
 
-def _decide(change: Change, seen: Routed, decided: Decision) -> Decision:
+def _decide(change: Change, layer: Layer, seen: Routed, decided: Decision) -> Decision:
     """The decision after replay, edit, expert map and ablation."""
-    experts_TK, weights_TK = decided
+    experts_TK, weights_TK = own = decided
     if seen.layer in change.replay:
-        experts_TK, weights_TK = _replayed(change.replay[seen.layer], seen, decided)
+        experts_TK, weights_TK = _forced(change.replay[seen.layer], seen, own)
     if change.edit is not None:
-        edited = change.edit(_masked(seen, experts_TK, weights_TK))
+        edited = change.edit(_masked(seen, experts_TK, weights_TK, n_experts=layer.at.n_experts))
         if edited is not None:
-            experts_TK, weights_TK = edited
+            experts_TK, weights_TK = _forced(edited, seen, own)
     if seen.layer in change.expert_map:
         new_E = change.expert_map[seen.layer].to(experts_TK.device)
         reached_TK = (experts_TK >= 0) & (experts_TK < len(new_E))
@@ -123,19 +123,23 @@ def _decide(change: Change, seen: Routed, decided: Decision) -> Decision:
     return experts_TK, weights_TK
 
 
-def _replayed(wanted: Decision, seen: Routed, decided: Decision) -> Decision:
+def _forced(wanted: Decision, seen: Routed, own: Decision) -> Decision:
+    """A decision from outside, in every row but padding, which keeps the router's own."""
     experts_TK, weights_TK = (part.to(seen.hidden_TD.device) for part in wanted)
     if len(experts_TK) != len(seen.valid_T) or experts_TK.shape != weights_TK.shape:
         raise BadInput(
-            f"block {seen.layer} is to replay {tuple(experts_TK.shape)} experts with {tuple(weights_TK.shape)} weights, "
-            f"but this call has {len(seen.valid_T)} rows; replay a decision captured on the same tokens"
+            f"block {seen.layer} is given {tuple(experts_TK.shape)} experts with {tuple(weights_TK.shape)} weights, "
+            f"but this call has {len(seen.valid_T)} rows; give one row for each, as captured on the same tokens"
         )
     if bool(seen.valid_T.all()):
         return experts_TK, weights_TK
-    if experts_TK.shape != decided[0].shape:
-        raise BadInput("with padding, a replayed decision must have as many slots as the router's own")
+    if experts_TK.shape != own[0].shape:
+        raise BadInput(
+            f"block {seen.layer} is given {experts_TK.shape[1]} slots where the router has {own[0].shape[1]}; with "
+            "padding, whose rows stay the router's, both must be equal"
+        )
     valid_T1 = seen.valid_T.unsqueeze(1)
-    return experts_TK.where(valid_T1, decided[0]), weights_TK.to(decided[1].dtype).where(valid_T1, decided[1])
+    return experts_TK.where(valid_T1, own[0]), weights_TK.to(own[1].dtype).where(valid_T1, own[1])
 
 
 def seen_by(lens: Lens, layer: Layer, hidden_TD: Tensor, decided: Decision) -> Routed:
@@ -155,11 +159,9 @@ def _rows(lens: Lens, n_rows: int, device: Any) -> Tensor:
     return valid_T
 
 
-def _masked(seen: Routed, experts_TK: Tensor, weights_TK: Tensor, *, n_experts: int | None = None) -> Routed:
+def _masked(seen: Routed, experts_TK: Tensor, weights_TK: Tensor, *, n_experts: int) -> Routed:
     """``seen`` with another decision, as a reader wants it: int64 and float32, -1 and 0 where nothing is computed."""
-    gone_TK = ~seen.valid_T.unsqueeze(1) | (experts_TK < 0)
-    if n_experts is not None:
-        gone_TK = gone_TK | (experts_TK >= n_experts)
+    gone_TK = ~seen.valid_T.unsqueeze(1) | (experts_TK < 0) | (experts_TK >= n_experts)
     experts_TK, weights_TK = experts_TK.long(), weights_TK.float()
     if bool(gone_TK.any()):
         experts_TK, weights_TK = experts_TK.masked_fill(gone_TK, -1), weights_TK.masked_fill(gone_TK, 0)
