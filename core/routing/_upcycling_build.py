@@ -32,7 +32,7 @@ DENSE_OF = {
 becomes an OLMoE of one expert, whose routing weight is softmax over one number, 1."""
 WHY_NOT = {
     "gpt_oss": "its experts have biases and a gate of their own kind",
-    "llama4": "it scales what its experts read, not what they put out",
+    "llama4_text": "it scales what its experts read, not what they put out",
     "jamba": "its layers alternate with Mamba, and no relative has dense ones only",
     "gemma2": "its sandwich norms are found in no plain mixture of experts",
 }
