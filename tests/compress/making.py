@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 from core.compress._store import SavedFiles, save_variant
 from core.models.loaded import LoadedModel
 from core.models.open import open_model
 from core.registry import get
 from core.types import ModelRef, Result, silent
+from tests import tiny
 from tests.tiny import tiny_folder
 
 
@@ -28,3 +32,15 @@ def apply(loaded: LoadedModel, method: str, **settings: Any) -> Result:
 def save(loaded: LoadedModel, result: Result, folder: Path) -> SavedFiles:
     """Write what ``apply`` made."""
     return save_variant(loaded, folder, frame=result.frame, provenance={"recipe": {}})
+
+
+def grouped_model(folder: Path) -> LoadedModel:
+    """DeepSeek-V3 with 4 groups of 4 experts, of which a token takes 2 groups: enough for each to lose one."""
+    tiny.tiny_folder("deepseek_v3", folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.n_routed_experts = 16
+    torch.manual_seed(3)
+    model = transformers.DeepseekV3ForCausalLM(config)
+    tiny._redraw(model, 3)
+    model.save_pretrained(folder)
+    return open_model(ModelRef(str(folder)))

@@ -6,16 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from core.models.loaded import LoadedModel
-from core.models.open import open_model
 from core.routing.discover import MoeLayer, moe_layers, neutral_when_unused
 from core.routing.surgery import keep_experts
-from core.types import ModelRef
-from tests.compress.making import own_model
+from tests.compress.making import grouped_model, own_model
 from tests.references.slow_experts import decisions
-from tests.tiny import MOE, tiny_folder
+from tests.tiny import MOE
 
 TOKEN = [7]
 
@@ -71,22 +68,8 @@ def test_weights_grow_by_one_over_what_is_left_of_the_softmax(family: str, tmp_p
     assert float((after_TK / weights_TK).min()) > 1.001  # it is not a rounding
 
 
-def grouped(folder: Path) -> LoadedModel:
-    """DeepSeek-V3 with 4 groups of 4 experts, of which a token takes 2."""
-    from tests import tiny
-
-    tiny_folder("deepseek_v3", folder)
-    config = transformers.AutoConfig.from_pretrained(folder)
-    config.n_routed_experts = 16
-    torch.manual_seed(3)
-    model = transformers.DeepseekV3ForCausalLM(config)
-    tiny._redraw(model, 3)
-    model.save_pretrained(folder)
-    return open_model(ModelRef(str(folder)))
-
-
 def test_a_group_limited_router_keeps_its_choice_when_each_group_loses_its_worst(tmp_path: Path) -> None:
-    loaded = grouped(tmp_path / "base")
+    loaded = grouped_model(tmp_path / "base")
     layers, before = moe_layers(loaded), logits(loaded)
     kept = {}
     for at in layers:

@@ -18,7 +18,7 @@ from core.recipe import Recipe
 from core.registry import get
 from core.routing.discover import moe_layers
 from core.types import Documents, ModelRef, Result, silent
-from tests.compress.making import own_model
+from tests.compress.making import grouped_model, own_model, save
 from tests.tiny import CORPUS, MOE
 
 TEXT = Documents("corpus", "calibration", CORPUS)
@@ -39,12 +39,9 @@ def made(loaded: LoadedModel, folder: Path, *steps: tuple[str, dict[str, Any]]) 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", MOE)
 def test_pruning_reloads_with_plain_transformers(family: str, tmp_path: Path) -> None:
-    loaded = own_model(family, tmp_path)
+    loaded = grouped_model(tmp_path / "base") if family == "deepseek_v3" else own_model(family, tmp_path)
     layers = moe_layers(loaded)
-    n, k = layers[0].n_experts, layers[0].top_k
-    count = layers[0].n_groups if layers[0].n_groups > 1 and n // layers[0].n_groups > 2 else 1
-    if layers[0].n_groups > 1:
-        pytest.skip("see test_a_group_limited_router_loses_equally")
+    n, k, count = layers[0].n_experts, layers[0].top_k, layers[0].n_groups
     before = loaded.nbytes
     variant = made(loaded, tmp_path / "variant", ("prune_experts", {**SMALL, "count": count}))
     assert variant.proof.passed
@@ -105,6 +102,22 @@ def test_what_the_experts_lost_is_said_for_a_router_that_does_not_renormalise(tm
     assert "Not neutral" not in " ".join(
         prune(own_model("mixtral", tmp_path / "renormalised"), count=1).notes
     )
+
+
+def test_a_group_limited_router_loses_equally_or_not_at_all(tmp_path: Path) -> None:
+    loaded = grouped_model(tmp_path / "base")
+    for settings, message in (({"count": 2}, "a multiple of 4"), ({"count": 12}, "ranked by its best 2")):
+        with pytest.raises(BadInput, match=message):
+            prune(loaded, **settings)
+    result = prune(loaded, share=0.25)
+    table = result.frames["experts"]
+    assert table.groupby(["layer", table["expert"] // 4])["kept"].sum().eq(3).all()
+    assert any("Not neutral: groups are ranked" in note for note in result.notes)
+    save(loaded, result, tmp_path / "variant")
+    again = open_model(ModelRef(str(tmp_path / "variant")))
+    inputs = _probe_inputs(loaded)
+    with torch.inference_mode():
+        assert torch.equal(again.model(**inputs).logits, loaded.model(**inputs).logits)
 
 
 def test_experts_that_no_token_reached_are_named_and_go_first(tmp_path: Path) -> None:
