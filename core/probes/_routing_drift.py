@@ -46,9 +46,10 @@ def names_of(
         raise BadInput(
             f"{loaded.ref} and {reference.ref} route in different layers; pick a variant of the same base"
         )
-    if all(a.n_experts == b.n_experts for a, b in zip(ours, theirs, strict=True)):
-        return ours, theirs, {layer.layer: np.arange(layer.n_experts) for layer in ours}
     kept = kept_experts(loaded.folder)
+    same_counts = all(a.n_experts == b.n_experts for a, b in zip(ours, theirs, strict=True))
+    if same_counts and kept == kept_experts(reference.folder):
+        return ours, theirs, {layer.layer: np.arange(layer.n_experts) for layer in ours}
     complete = kept is not None and all(
         len(kept.get(a.layer, ())) == a.n_experts and max(kept[a.layer]) < b.n_experts
         for a, b in zip(ours, theirs, strict=True)
