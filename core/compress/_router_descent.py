@@ -111,6 +111,7 @@ def descend(
     curve = Curve()
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode(False), _trainable(parameters):
+        _leave_inference_mode(variant)
         exact = {name: p.detach().float().clone() for name, p in parameters.items()}
         best = {name: p.detach().clone() for name, p in parameters.items()}
         sizes = {name: float(weight.square().mean().sqrt()) for name, weight in exact.items()}
@@ -166,6 +167,13 @@ def _endless(
         for ids_BP in batches(windows, size, device, generator)[:n]:
             yield ids_BP
             n -= 1
+
+
+def _leave_inference_mode(loaded: LoadedModel) -> None:
+    """Copy weights that an earlier step made in inference mode: autograd refuses to pass through them."""
+    for tensor in (*loaded.model.parameters(), *loaded.model.buffers()):
+        if tensor.is_inference():
+            tensor.data = tensor.data.clone()
 
 
 @contextmanager

@@ -12,8 +12,6 @@ from core.compress._router_descent import Curve, descend, router_parameters
 from core.compress._targets import Target, targets
 from core.errors import CannotCompress
 from core.models.loaded import LoadedModel
-from core.numerics.schemes import FloatScheme
-from core.numerics.sizes import weight_bytes
 from core.registry import Settings, method
 from core.train._residuals import TextParts, cut_text
 from core.types import Documents, Metric, Progress, Provenance, Result, View
@@ -111,12 +109,10 @@ def _row(loaded: LoadedModel, target: Target, parameter: object, before: object)
     weight = parameter.data  # type: ignore[attr-defined]
     packed = loaded.packed.get(target.module)
     if packed is not None:
-        scale = "F32" if packed.scale is not None and packed.scale.itemsize == 4 else "F16"
-        nbytes = weight_bytes(weight.shape, packed.scheme, scale_dtype=scale)
-        group = None if isinstance(packed.scheme, FloatScheme) else packed.scheme.group_size or "channel"
         return row(
-            target, parameter, format_=packed.scheme.label, bits=packed.scheme.bits, group_size=str(group or "none"),
-            bytes_before=nbytes, bytes_after=nbytes, error=Error(0.0, None), touched=False, reason="not a router",
+            target, parameter, format_=" + ".join(scheme.label for scheme in packed.schemes),
+            bits=8 * packed.stored_bytes / weight.numel(), group_size="none", bytes_before=packed.stored_bytes,
+            bytes_after=packed.stored_bytes, error=Error(0.0, None), touched=False, reason="not a router",
         )  # fmt: skip
     error = Error(0.0, None) if before is None else Error.between(before, weight)  # type: ignore[arg-type]
     touched = error.relative > 0
