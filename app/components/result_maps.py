@@ -21,6 +21,11 @@ from app.views import Grid, boxes, hover_lines, thinned, to_grid
 from core.registry import Settings
 from core.types import Result, View
 
+FEW_CELLS = 600
+"""A map that is only read shows its words up to so many cells; a larger one is a picture."""
+WIDEST_CELL = 80
+"""Pixels of a column at most, so that a map of two columns is no poster."""
+
 
 def chooser(result: Result, group: Group, settings: Settings, *, key: str, look: Look) -> None:
     """A map that sets two settings of the form: the overview one picks a head from."""
@@ -133,7 +138,8 @@ def _draw_map(
     assert view.color
     unit = titled(view.color, view)
     limits = look.of(view, view.color)
-    if view.text and on_pick is not None and grid.values_RC.size <= MARK_LIMIT:
+    most = FEW_CELLS if on_pick is None else MARK_LIMIT
+    if view.text and grid.values_RC.size <= most:
         token_grid(
             grid.words,
             grid.values_RC,
@@ -145,7 +151,7 @@ def _draw_map(
             hover=grid.hover,
             unit=unit,
             selected=selected,
-            on_pick=on_pick,
+            on_pick=on_pick or (lambda _: None),
             midpoint=view.midpoint,
             log=view.log,
             limits=limits,
@@ -165,5 +171,5 @@ def _draw_map(
         limits=limits,
         selected=selected,
         on_pick=on_pick,
-        max_width=640,
+        max_width=min(640, WIDEST_CELL * grid.values_RC.shape[1]),
     )
