@@ -226,9 +226,9 @@ def expert_table(
         share_VE = routed_VE / seen_V1
         of_expert_VE = routed_VE / np.maximum(routed_VE.sum(0), 1)
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratio_VE = np.log(of_expert_VE / (seen_V1 / seen_V1.sum()))
+            terms_VE = of_expert_VE * np.log(of_expert_VE / (seen_V1 / seen_V1.sum()))
         best_E = share_VE.argmax(0)
-        picky_E = np.where(of_expert_VE > 0, of_expert_VE * ratio_VE, 0.0).sum(0)
+        picky_E = np.where(of_expert_VE > 0, terms_VE, 0.0).sum(0)
         rows.append((names[best_E], share_VE.max(0), picky_E))
     token_L, share_L, picky_L = zip(*rows, strict=True)
     return pd.DataFrame(

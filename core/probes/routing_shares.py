@@ -126,7 +126,7 @@ class _Watch:
             self._now = {path: tensor}
 
         def keep(path: str, tensor: Tensor) -> None:
-            self._now[path] = tensor
+            self._now[path] = tensor.clone()  # Llama-4 adds the routed part to the shared one in place
 
         def end(path: str, tensor: Tensor) -> None:
             self._measure(at[path], moe.get(at[path].index), tensor)

@@ -1,45 +1,44 @@
-"""Mixtures of experts one token and one slot at a time: what the lens and its counts must equal."""
+"""Slow, obvious counts of routing decisions: loops over tokens and slots, nothing shared with the probes."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from itertools import permutations, product
 from typing import Any
 
-import torch
-from torch import Tensor
+
+def pairs_by_hand(experts_TK: Any) -> Counter[tuple[int, int]]:
+    """Tokens that were given both experts, ordered pairs; an expert with itself counts its load."""
+    counts: Counter[tuple[int, int]] = Counter()
+    for experts in experts_TK.tolist():
+        counts.update(permutations(experts, 2))
+        counts.update((expert, expert) for expert in experts)
+    return counts
 
 
-def expert_output(experts: Any, expert: int, hidden_D: Tensor) -> Tensor:
-    """f_e(x) of one token, from the layout flags of a fused experts module and plain matrix products."""
-
-    def project(name: str, x: Tensor) -> Tensor:
-        weight = getattr(experts, name)[expert]
-        projected = x @ weight if experts.is_transposed else weight @ x
-        return projected + getattr(experts, f"{name}_bias")[expert] if experts.has_bias else projected
-
-    if not experts.has_gate:
-        inner = experts.act_fn(project("up_proj", hidden_D))
-    elif experts.is_concatenated:
-        gate, up = project("gate_up_proj", hidden_D).chunk(2)
-        inner = experts.act_fn(gate) * up
-    else:  # gpt-oss: interleaved, clamped, and up moved by one
-        gate_up = project("gate_up_proj", hidden_D)
-        gate, up = gate_up[::2].clamp(max=experts.limit), gate_up[1::2].clamp(-experts.limit, experts.limit)
-        inner = (up + 1) * gate * torch.sigmoid(gate * experts.alpha)
-    out = project("down_proj", inner)
-    return experts.post_expert_norm(out) if experts.has_post_expert_norm else out
+def flow_by_hand(here_TK: Any, there_TK: Any, here_w: Any, there_w: Any) -> Counter[tuple[int, int]]:
+    """Flow of every (expert here, expert there): the root of the product of both weights, all pairs of a token."""
+    flow: Counter[tuple[int, int]] = Counter()
+    for token, (here, there) in enumerate(zip(here_TK.tolist(), there_TK.tolist(), strict=True)):
+        for (a, i), (b, j) in product(enumerate(here), enumerate(there)):
+            flow[i, j] += (here_w[token, a] * there_w[token, b]) ** 0.5
+    return flow
 
 
-def counts(experts_LTK: Sequence[Any], layers: range) -> dict[str, Counter[Any]]:
-    """Load, co-activation and flow, counted pair by pair; -1 counts for nothing."""
-    found: dict[str, Counter[Any]] = {"load": Counter(), "pairs": Counter(), "flow": Counter()}
-    for layer in layers:
-        for token, chosen in enumerate(experts_LTK[layer]):
-            here = [int(e) for e in chosen if e >= 0]
-            found["load"].update((layer, e) for e in here)
-            found["pairs"].update((layer, a, b) for a in here for b in here)
-            if layer + 1 in layers:
-                there = [int(e) for e in experts_LTK[layer + 1][token] if e >= 0]
-                found["flow"].update((layer, a, b) for a in here for b in there)
-    return found
+def dead_by_hand(experts_LTK: Any, document_T: Any, order: list[int], n: int, n_experts: int) -> float:
+    """Share of all experts not chosen by the first n tokens when documents come in this order."""
+    tokens = [t for document in order for t in range(len(document_T)) if document_T[t] == document][:n]
+    missing = total = 0
+    for layer in experts_LTK:
+        seen = {int(expert) for t in tokens for expert in layer[t]}
+        missing += n_experts - len(seen)
+        total += n_experts
+    return missing / total
+
+
+def auc_by_hand(margin_T: Any, flipped_T: Any) -> float:
+    """Share of (flipped, kept) pairs in which the flipped one has the smaller margin; ties count half."""
+    flipped = [m for m, f in zip(margin_T, flipped_T, strict=True) if f]
+    kept = [m for m, f in zip(margin_T, flipped_T, strict=True) if not f]
+    wins = [1.0 if a < b else 0.5 if a == b else 0.0 for a, b in product(flipped, kept)]
+    return sum(wins) / len(wins)
