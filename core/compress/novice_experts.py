@@ -9,7 +9,7 @@ import pandas as pd
 from pydantic import Field
 
 from core.compress._structure import Inventory, structural_result
-from core.compress.prune_experts import never_note
+from core.compress._unreached import never_note
 from core.errors import CannotCompress
 from core.lazy import torch
 from core.models.loaded import LoadedModel

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from pydantic import Field
 
 from core.compress._structure import Inventory, structural_result
+from core.compress._unreached import never_note
 from core.errors import BadInput, CannotCompress
 from core.models.loaded import LoadedModel
 from core.registry import Settings, method
@@ -188,18 +189,6 @@ def _notes(
         _neutral_note(layers, choice),
         _random_note(choice, settings),
     ]
-
-
-def never_note(never: Mapping[int, Sequence[int]]) -> str:
-    """Which experts the text never reached, a few of them by name; empty where it reached all."""
-    if not never:
-        return ""
-    named = [f"{layer}:{expert}" for layer, experts in never.items() for expert in experts]
-    more = f" and {len(named) - 8} more" if len(named) > 8 else ""
-    return (
-        f"{len(named)} experts were reached by no calibration token ({', '.join(named[:8])}{more}; layer:expert). They are "
-        "not known to be useless, only unseen by this text: see calibration coverage, and calibrate on more or other text."
-    )
 
 
 def _super_note(evidence: Evidence, settings: PruneExpertsSettings) -> str:
