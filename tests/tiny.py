@@ -145,8 +145,8 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
             n_shared_experts=1,
             routed_scaling_factor=2.5,
             first_k_dense_replace=1,
-            q_lora_rank=48,
-            kv_lora_rank=40,
+            q_lora_rank=64,
+            kv_lora_rank=64,
             qk_rope_head_dim=16,
             qk_nope_head_dim=24,
             v_head_dim=32,
@@ -163,6 +163,7 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
             expert_layer_period=2,
             expert_layer_offset=0,
             mamba_d_state=8,
+            mamba_dt_rank=64,
             tie_word_embeddings=False,
         )
     ),
@@ -221,6 +222,8 @@ HEADLESS: tuple[str, ...] = ("gpt_oss", "deepseek_v3", "jamba")
 """Decoders without plain attention heads in every layer: probes of heads refuse them."""
 SHIMMED: tuple[str, ...] = ("llama4",)
 """Decoders whose experts are not called with a decision, so that it is read by a shim."""
+FUSED_ON_DISK: tuple[str, ...] = ("granitemoe", "gpt_oss", "llama4")
+"""Stored with all experts of a layer in one tensor, which no file of integer grids can hold: such steps refuse them."""
 FAMILIES: tuple[str, ...] = tuple(
     name for name in _BUILDERS if name not in (*SPECIAL_VISION, *HEADLESS, *SHIMMED)
 )
@@ -228,6 +231,12 @@ FAMILIES: tuple[str, ...] = tuple(
 DECODERS: tuple[str, ...] = tuple(name for name in FAMILIES if name not in ("bert", "vit"))
 MOE_DECODERS: tuple[str, ...] = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "granitemoe")
 """Mixtures of experts among ``DECODERS``."""
+PACKABLE: tuple[str, ...] = (
+    *(name for name in FAMILIES if name not in FUSED_ON_DISK),
+    "deepseek_v3",
+    "jamba",
+)
+"""What can be stored on integer grids."""
 MOE: tuple[str, ...] = (*MOE_DECODERS, *HEADLESS)
 """Every mixture of experts whose experts are called with the decision."""
 

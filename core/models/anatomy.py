@@ -56,6 +56,8 @@ class Block:
     experts: Path | None = None
     """The fused experts' module, called with (hidden, chosen experts, routing weights)."""
     shared_expert: Path | None = None
+    shared_gate: Path | None = None
+    """The linear whose sigmoid scales the shared expert's output (Qwen2-MoE)."""
     mixer: Mixer = "heads"
     latent: int = 0
     """Numbers a latent attention keeps in its cache per position."""

@@ -81,8 +81,9 @@ def _whole(model: Any, block: Block, trace: Trace, summed_TD: Tensor) -> Check:
 def _shared(model: Any, block: Block, read: Tensor) -> Tensor:
     """A shared expert sees every token; Qwen2-MoE scales it by a sigmoid gate beside it."""
     shared: Tensor = model.get_submodule(str(block.shared_expert))(read)
-    gate = getattr(model.get_submodule(str(block.mlp)), "shared_expert_gate", None)
-    return shared if gate is None else torch.sigmoid(gate(read)) * shared
+    if block.shared_gate is None:
+        return shared
+    return torch.sigmoid(model.get_submodule(block.shared_gate)(read)) * shared
 
 
 def activation_function(name: str) -> Any:

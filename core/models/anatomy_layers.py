@@ -13,6 +13,7 @@ from core.models.anatomy_layouts import (
     ROUTERS,
     SCALED_INPUT_EXPERTS,
     SHARED_EXPERTS,
+    SHARED_GATES,
     UNSUPPORTED_EXPERTS,
     AttentionLayout,
 )
@@ -92,6 +93,7 @@ def _mlp_parts(layer: Any, path: str) -> dict[str, Any]:
                 f"{' or '.join(ROUTERS)}; this mixture of experts is not supported"
             )
         shared = first_present(moe, "", SHARED_EXPERTS)
+        gate = first_present(moe, "", SHARED_GATES)
         return {
             "mlp": base,
             "mlp_write": base,
@@ -101,6 +103,7 @@ def _mlp_parts(layer: Any, path: str) -> dict[str, Any]:
             "router": f"{base}.{router}",
             "experts": f"{base}.experts",
             "shared_expert": f"{base}.{shared}" if shared else None,
+            "shared_gate": f"{base}.{gate}" if gate else None,
         }
     for layout in MLP:
         parts = [part for part in (layout.module, layout.gate, layout.up, layout.down) if part]

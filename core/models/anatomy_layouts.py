@@ -143,6 +143,7 @@ MOE_BLOCKS = ("mlp", "feed_forward", "block_sparse_moe")
 """What layers call the module that holds router and experts."""
 ROUTERS = ("gate", "router")
 SHARED_EXPERTS = ("shared_expert", "shared_experts")
+SHARED_GATES = ("shared_expert_gate",)
 SCALED_INPUT_EXPERTS = ("Llama4TextExperts",)
 """Experts modules called with every expert's inputs, already scaled by the routing weights (0: not chosen)."""
 UNSUPPORTED_EXPERTS: dict[str, str] = {

@@ -150,7 +150,7 @@ def component_of(anatomy: Anatomy, parameter: str) -> Component:
     if owner in (block.attention_norm, block.mlp_norm) or "norm" in owner.rpartition(".")[2].lower():
         return "norm"
     within: dict[Component, tuple[str | None, ...]] = {
-        "router": (block.router,),
+        "router": (block.router, block.shared_gate),
         "experts": (block.experts,),
         "shared_expert": (block.shared_expert,),
         "attention": (block.attention, block.q, block.k, block.v, block.o),

@@ -18,10 +18,10 @@ from core.models.anatomy_layouts import (
     ROUTERS,
     SCALED_INPUT_EXPERTS,
     SHARED_EXPERTS,
+    SHARED_GATES,
 )
 from core.routing.rules import Rule, rule_of
 
-SHARED_GATES = ("shared_expert_gate",)
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """What configs call the number of routed experts."""
 

@@ -19,7 +19,7 @@ from core.errors import Cancelled, ProofFailed
 from core.recipe import Recipe
 from core.types import silent
 from tests.compress.making import apply, own_model, save
-from tests.tiny import FAMILIES
+from tests.tiny import PACKABLE
 
 INT4 = Recipe.of("rtn", bits=4)
 
@@ -59,7 +59,7 @@ def test_a_variant_is_proved_from_recipe_to_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PACKABLE)
 def test_every_family_is_proved(family: str, tmp_path: Path) -> None:
     steps = [{"method": "cast"}, {"method": "rtn", "settings": {"bits": 8, "group_size": "64"}}]
     made = compress(

@@ -32,6 +32,7 @@ def test_no_parameter_is_left_out_silently(family: str, tmp_path: Path) -> None:
 def test_fused_experts_are_quantized_and_routers_kept(family: str, tmp_path: Path) -> None:
     frame = apply(own_model(family, tmp_path), "rtn", bits=4).frame
     experts, routers = frame[frame["component"] == "experts"], frame[frame["component"] == "router"]
+    experts = experts[~experts["module"].str.endswith("_bias")]  # gpt-oss has them, and keeps them
     assert experts["touched"].all()
     assert len(experts) >= 4
     assert len(routers) >= 2

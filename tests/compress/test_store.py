@@ -19,7 +19,7 @@ from core.compress._store import predicted_bytes
 from core.errors import CannotCompress
 from core.models.loaded import LoadedModel
 from tests.compress.making import apply, own_model, save
-from tests.tiny import FAMILIES
+from tests.tiny import FUSED_ON_DISK, PACKABLE
 
 INT8: dict[str, Any] = {"bits": 8, "group_size": "channel", "scheme": "symmetric"}
 INT4: dict[str, Any] = {"bits": 4}
@@ -48,7 +48,7 @@ def assert_same(loaded: LoadedModel, folder: Path) -> None:
         assert torch.equal(again(**inputs)[0], loaded.model(**inputs)[0])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PACKABLE)
 @pytest.mark.parametrize("settings", [INT8, INT4], ids=["int8", "int4"])
 def test_every_family_reloads_bit_for_bit(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
     loaded = own_model(family, tmp_path)
@@ -57,6 +57,17 @@ def test_every_family_reloads_bit_for_bit(family: str, settings: dict[str, Any],
     assert_same(loaded, tmp_path / "variant")
     assert saved.bytes == pytest.approx(saved.predicted_bytes, rel=0.02)
     assert saved.bytes == (tmp_path / "variant/model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("family", FUSED_ON_DISK)
+def test_experts_stored_as_one_tensor_are_refused_before_anything_is_written(
+    family: str, tmp_path: Path
+) -> None:
+    loaded = own_model(family, tmp_path)
+    result = apply(loaded, "rtn", **INT4)
+    with pytest.raises(CannotCompress, match=r"stores all experts of a layer in one tensor.* choose cast"):
+        save(loaded, result, tmp_path / "variant")
+    assert not (tmp_path / "variant").exists()
 
 
 @pytest.mark.parametrize("settings", [INT3, INT2], ids=["int3", "int2"])

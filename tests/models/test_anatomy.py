@@ -201,6 +201,7 @@ WRONG_ANATOMIES = [
     ("granitemoe", _facts(embedding_scale=1.0), "embedding starts"),
     ("granitemoe", _facts(logit_divisor=1.0), "lens at the last layer"),
     ("qwen2_moe", _second_block(shared_expert=None), "experts sum to MLP output"),
+    ("qwen2_moe", _second_block(shared_gate=None), "experts sum to MLP output"),
     ("deepseek_v3", _second_block(shared_expert=None), "experts sum to MLP output"),
     ("gpt_oss", _first_block(v=f"{LAYER}self_attn.k_proj"), "heads sum"),
     ("mixtral", _facts(experts_per_token=1), "distinct experts"),

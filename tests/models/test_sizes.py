@@ -124,7 +124,7 @@ def test_kv_cache_is_what_transformers_keeps(family: str, context: int) -> None:
 
 def test_kv_cache_of_latents_and_states_by_hand() -> None:
     latent = tiny_model("deepseek_v3").anatomy
-    assert kv_cache_bytes_per_token(latent, dtype_bytes=2, context=10) == LAYERS * (40 + 16) * 2
+    assert kv_cache_bytes_per_token(latent, dtype_bytes=2, context=10) == LAYERS * (64 + 16) * 2
     jamba = tiny_model("jamba").anatomy
     one_layer_attends = 2 * KV_HEADS * 32 * 2
     assert kv_cache_bytes_per_token(jamba, dtype_bytes=2, context=10) == one_layer_attends

@@ -111,6 +111,7 @@ def test_what_a_head_writes_is_its_direct_effect_on_the_logits(family: str) -> N
             centred.square().mean() + getattr(final, "eps", getattr(final, "variance_epsilon", 0))
         ).sqrt()
         logits = written @ unembedding_directions(loaded).T / sigma
+        logits = logits / getattr(model.config, "logits_scaling", 1.0)  # Granite
     logits = logits - logits.mean(-1, keepdim=True)
     sources = result.frames["sources"].set_index("source").sort_index()
     own = logits[torch.arange(len(ids)), torch.tensor(ids)]

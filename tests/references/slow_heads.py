@@ -31,7 +31,8 @@ def write_of(loaded: LoadedModel, block: Block, z_XK: torch.Tensor, head: int) -
     module = loaded.model.get_submodule(block.o)
     fed = torch.zeros(*z_XK.shape[:-1], anatomy.n_heads * anatomy.head_dim)
     fed[..., head * anatomy.head_dim : (head + 1) * anatomy.head_dim] = z_XK
-    return (module(fed) - module(torch.zeros_like(fed))).double()
+    scale = getattr(loaded.model.config, "residual_multiplier", 1.0)  # Granite
+    return (module(fed) - module(torch.zeros_like(fed))).double() * scale
 
 
 def gain(loaded: LoadedModel, path: str) -> torch.Tensor:
