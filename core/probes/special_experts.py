@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from core.probes._routing_report import Floats, Ints
 
 DRAWS = 400
-RANKED = 200
+RANKED = 50
 
 
 class SpecialExpertsSettings(Settings):
@@ -105,8 +105,7 @@ def special_experts(
     progress(0.6, 1.0, "looking for super-experts")
     peaks = _peaks(loaded, texts, settings.peak_tokens)
     cells = expert_table(choices, load_LE, committee, peaks)
-    special = cells[cells["kind"] != ""]
-    ranked = special.sort_values(["order", "certainty", "peak"], ascending=[True, False, False])
+    ranked = cells.sort_values(["order", "lowest_domain"], ascending=[True, False], kind="stable")
     protected = protect_list(cells)
     return Result(
         frames={
@@ -308,7 +307,7 @@ _VIEWS = (
         color="certainty",
         text="kind",
         frame="ranked",
-        title="Experts that stand out",
+        title="Experts that stand out, then those nearest to it",
         tooltip=_EXPERT,
     ),
     View(
