@@ -108,55 +108,70 @@ def descend(
     kept in float32 whatever the model's dtype, in which small steps would be lost.
     """
     parameters = router_parameters(variant)
-    curve = Curve()
     generator = torch.Generator().manual_seed(seed)
+    measured = {round(steps * (index + 1) / checks) for index in range(checks)}
     with torch.inference_mode(False), _trainable(parameters):
         _leave_inference_mode(variant)
         exact = {name: p.detach().float().clone() for name, p in parameters.items()}
-        best = {name: p.detach().clone() for name, p in parameters.items()}
-        sizes = {name: float(weight.square().mean().sqrt()) for name, weight in exact.items()}
-        starts = [learning_rate * size for size in sizes.values()]
+        rates = [learning_rate * float(weight.square().mean().sqrt()) for weight in exact.values()]
         optimizer = torch.optim.Adam(
-            [{"params": [weight], "lr": lr} for weight, lr in zip(exact.values(), starts, strict=True)]
+            [{"params": [weight], "lr": rate} for weight, rate in zip(exact.values(), rates, strict=True)]
         )
-        measured = {round(steps * (index + 1) / checks) for index in range(checks)}
+        best = _Best(parameters)
 
-        def check(step: int, trained: float) -> None:
+        def measure(step: int, losses: list[float]) -> None:
             kl = held_out_kl(
                 base, variant, held_out, batch, lambda: progress(step, steps, "measuring KL on held-out text")
             )
-            if not kl < float("inf"):
-                raise CannotCompress("the KL to the base model is not a finite number; open both in float32")
-            if not curve.held_out or kl < min(curve.held_out):
-                best.update({name: p.detach().clone() for name, p in parameters.items()})
-            curve.step.append(step)
-            curve.training.append(trained)
-            curve.held_out.append(kl)
+            best.offer(step, losses, kl)
 
-        check(0, float("nan"))
+        measure(0, [])
         losses: list[float] = []
         for step, ids_BP in enumerate(_endless(training, batch, variant.device, generator, steps), start=1):
             with differentiable():
                 loss = divergence(base, variant, ids_BP)
                 loss.backward()  # type: ignore[no-untyped-call]
-            for (name, parameter), group, start in zip(
-                parameters.items(), optimizer.param_groups, starts, strict=True
-            ):
-                assert parameter.grad is not None, f"{name} got no gradient"
-                exact[name].grad = parameter.grad.float()
-                parameter.grad = None
-                group["lr"] = start * (1 - (step - 1) / steps)
-            optimizer.step()
-            for name, parameter in parameters.items():
-                parameter.data.copy_(exact[name])
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 - (step - 1) / steps)
+            _update(parameters, exact, optimizer)
             losses.append(float(loss.detach()))
             progress(step, steps, f"step {step} of {steps}: KL {losses[-1]:.4f} nats")
             if step in measured:
-                check(step, sum(losses) / len(losses))
+                measure(step, losses)
                 losses = []
         for name, parameter in parameters.items():
-            parameter.data.copy_(best[name])
-    return curve
+            parameter.data.copy_(best.weights[name])
+    return best.curve
+
+
+class _Best:
+    """Router weights with the smallest KL on held-out text so far, and every KL that was measured."""
+
+    def __init__(self, parameters: Mapping[str, Any]) -> None:
+        self.parameters = parameters
+        self.weights: dict[str, Tensor] = {}
+        self.curve = Curve()
+
+    def offer(self, step: int, losses: Sequence[float], kl: float) -> None:
+        """Take the weights as they are now, and their KL; raises ``CannotCompress`` for one that is no number."""
+        if not kl < float("inf"):
+            raise CannotCompress("the KL to the base model is not a finite number; open both in float32")
+        if not self.curve.held_out or kl < min(self.curve.held_out):
+            self.weights = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.curve.step.append(step)
+        self.curve.training.append(sum(losses) / len(losses) if losses else float("nan"))
+        self.curve.held_out.append(kl)
+
+
+def _update(parameters: Mapping[str, Any], exact: Mapping[str, Tensor], optimizer: Any) -> None:
+    """One step of the float32 weights, by the gradients of the model's own, which then follow."""
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None, f"{name} got no gradient"
+        exact[name].grad = parameter.grad.float()
+        parameter.grad = None
+    optimizer.step()
+    for name, parameter in parameters.items():
+        parameter.data.copy_(exact[name])
 
 
 def _endless(
