@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from core.errors import BadInput
 from core.lazy import torch
-from core.models.fp32_path import fast_fp32
 from core.routing._tally import Tally, Wanted
 from core.routing.discover import MoeLayer
 from core.routing.lens import NOTHING, Change, layers_of, routed
@@ -124,7 +123,8 @@ def aggregate(
     )
     _refuse_large_tables(layers, wanted)
     tally = Tally(layers, wanted, loaded.model.device)
-    with loaded.lock, torch.inference_mode(), fast_fp32():
+    # Not under fast_fp32: oneDNN compiles and keeps a kernel for every number of tokens that an expert meets.
+    with loaded.lock, torch.inference_mode():
         for batch in _batches(loaded, documents, max_tokens, min(seq_len, loaded.anatomy.context_length)):
             _count(loaded, batch, tally, change=change)
             progress(tally.n_tokens, max_tokens, f"counting experts over {documents.name}")
