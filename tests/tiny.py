@@ -106,7 +106,7 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
             **_MOE,
             num_experts=4,
             moe_intermediate_size=64,
-            shared_expert_intermediate_size=96,
+            shared_expert_intermediate_size=128,
             mlp_only_layers=[0],
             tie_word_embeddings=False,
         )

@@ -155,7 +155,7 @@ def test_total_and_active_parameters_by_hand(family: str) -> None:
     assert card.parameters == by.sum()
     assert card.active_parameters == card.parameters - of_experts + chosen
     shared = {
-        "qwen2_moe": 2 * 3 * D_MODEL * 96,
+        "qwen2_moe": 2 * 3 * D_MODEL * 128,
         "deepseek_v3": 2 * 3 * D_MODEL * 64,
         "llama4": 3 * D_MODEL * 64,
     }
