@@ -25,9 +25,9 @@ def facts(card: ModelCard) -> None:
     anatomy, components = card.anatomy, card.components
     layers = sum(block.is_moe for block in anatomy.blocks)
     experts = components[components["component"] == "experts"]
-    routed, routed_bytes = int(experts["parameters"].sum()), int(experts["bytes"].sum())
+    routed_bytes = int(experts["bytes"].sum())
     idle = 1 - anatomy.experts_per_token / anatomy.n_experts
-    active, read = card.parameters - routed * idle, card.bytes - routed_bytes * idle
+    active, read = card.active_parameters, card.bytes - routed_bytes * idle
     cards = [
         (
             "Experts",
@@ -36,7 +36,7 @@ def facts(card: ModelCard) -> None:
         ),
         (
             "Active parameters",
-            format.count(round(active)),
+            format.count(active),
             f"of {format.count(card.parameters)} ({active / card.parameters:.0%})",
         ),
         (

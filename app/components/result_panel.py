@@ -12,11 +12,11 @@ from typing import Any
 import streamlit as st
 
 from app import format, state
-from app.arrangement import Arrangement, Look, arrange
+from app.arrangement import Arrangement, Look, arrange, axes_of
 from app.charts import chart
 from app.components.card_head import card_head
 from app.components.result_charts import charts
-from app.components.result_drawer import Cells, drawer
+from app.components.result_drawer import Cells, choose_settings, drawer
 from app.components.result_maps import cell_map, chooser, picture, plain_map
 from app.components.result_table import result_table
 from app.components.token_strip import token_strip
@@ -143,8 +143,12 @@ def tokens_card(cells: Cells, view: View, key: str, look: Look) -> None:
     picked = state.picked_cell()
     chosen = next((i for i, at in enumerate(columns) if picked and str(at) == picked.col), None)
 
+    chooses = any(axes_of(group)[1] == view.x for group in cells.arrangement.choosing)
+
     def on_pick(index: int) -> None:
-        if follows is not None and not cells.arrangement.choosing:
+        if chooses:  # the column is a setting: the token that is followed
+            choose_settings(result.provenance.method, {view.x: columns[index]})
+        elif follows is not None and not cells.arrangement.choosing:
             cells.pick_column(follows, columns[index])
 
     with st.container(border=True):
