@@ -6,10 +6,10 @@ import streamlit as st
 
 from app import format, state
 from app.components.heading import About, heading
+from app.components.recipe_editor import fitting
 from app.text import esc
 from core.models.sizes import ModelCard
 from core.recipe import Recipe
-from core.registry import methods
 
 DEMO = "demo:moe"
 ABOUT = About(
@@ -51,14 +51,14 @@ def facts(card: ModelCard) -> None:
         grid.metric(
             label, value, delta=beneath, delta_color="off", delta_arrow="off", border=True, height="stretch"
         )
-    _next_steps()
+    _next_steps(card)
 
 
-def _next_steps() -> None:
+def _next_steps(card: ModelCard) -> None:
     """A link to every method that compresses by routing, with its default recipe ready to be changed."""
     with st.container(horizontal=True, gap="small", vertical_alignment="center"):
         st.caption("Make it smaller", width="content")
-        for id_, method in methods("compress").items():
+        for id_, method in fitting(card.offers).items():
             if "moe" in method.needs:
                 st.page_link(
                     "../pages/compress.py",
@@ -86,8 +86,8 @@ def dense(source: str, card: ModelCard) -> None:
                 on_click=state.choose_model,
                 args=(DEMO,),
             )
-            for id_, method in methods("compress").items():
-                if "dense" in method.needs and method.needs <= card.offers:
+            for id_, method in fitting(card.offers).items():
+                if "dense" in method.needs:
                     st.page_link(
                         "../pages/compress.py",
                         label=esc(method.title),

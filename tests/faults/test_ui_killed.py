@@ -103,9 +103,7 @@ def test_a_dashboard_killed_in_the_middle(
         with dashboard(place) as (server, url):
             daemon = supervisor_pid(engine.catalog.url)
             assert daemon is not None, "the dashboard started it"
-            job = engine.queue.submit(
-                "compress", {"model": tiny, "recipe": RTN}
-            )
+            job = engine.queue.submit("compress", {"model": tiny, "recipe": RTN})
             until((place / "hold" / "compress-1").exists)
             page.goto(f"{url}/inspect?{urlencode({'model': tiny})}")
 
