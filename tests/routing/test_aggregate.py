@@ -20,7 +20,7 @@ from core.routing.lens import Routed, routed
 from core.routing.scores import distribution
 from core.routing.trace import MAX_TOKENS, RoutingTrace, trace
 from core.types import Documents
-from tests.references.slow_routing import counts, expert_output
+from tests.references.slow_lens import counts, expert_output
 from tests.tiny import CORPUS, MOE, SHIMMED, tiny_model
 
 TEXTS = (*CORPUS, CORPUS[2] + CORPUS[0], "x = 1\n")

@@ -16,7 +16,7 @@ from core.routing.discover import MoeLayer, moe_layers
 from core.routing.lens import IMPLEMENTATION, NOTHING, Change, Routed, routed
 from core.routing.rules import decide
 from core.routing.scores import CHOSEN_BY_LOGIT
-from tests.references.slow_routing import expert_output
+from tests.references.slow_lens import expert_output
 from tests.tiny import MOE, n_hooks, tiny_model
 
 IDS = torch.randint(0, 500, (2, 19), generator=torch.Generator().manual_seed(3))
