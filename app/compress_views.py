@@ -1,14 +1,16 @@
 """Bytes of a variant before it is made, counted from a model card. Plain functions; draws and opens nothing.
 
-Reads a step's settings by what they are called (``bits``, ``group_size``, ``scheme``, ``embedding_bits``,
-``dtype``), not by its method: a method that stores weights some other way is not predicted.
+How weights are stored is read from a step's settings by what they are called (``bits``, ``group_size``, ``scheme``,
+``embedding_bits``, ``dtype``); what a change of structure leaves is said by its method. Anything else is not predicted.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from core.errors import SlimscopeError
 from core.recipe import Recipe
+from core.registry import get
 
 if TYPE_CHECKING:
     from core.models.sizes import ModelCard
@@ -21,14 +23,18 @@ WIDTH = {"float32": 32, "bfloat16": 16, "float16": 16}
 
 def predicted_bytes(card: ModelCard, recipe: Recipe) -> float | None:
     """Bytes of the weight files, file headers aside; None when a step does not say how it stores weights."""
-    sizes = card.components.groupby("component")["parameters"].sum()
-    matrices = float(sizes[sizes.index.isin(MATRICES)].sum())
-    tables = float(sizes[sizes.index.isin(TABLES)].sum())
-    rest = float(sizes.sum()) - matrices - tables
+    sizes = card.components.groupby("component")["parameters"].sum().astype(float)
     width = WIDTH.get(card.dtype, 32)
     bits = {"matrices": float(width), "tables": float(width), "rest": float(width)}
     for step in recipe.steps:
-        if "dtype" in step.settings:
+        chosen = get("compress", step.method)
+        if chosen.left is not None:
+            try:
+                left = chosen.left(card.anatomy, step.parsed())
+            except SlimscopeError:
+                return None  # the step will be refused, with the reason
+            sizes *= [float(left.get(str(component), 1.0)) for component in sizes.index]
+        elif "dtype" in step.settings:
             bits = dict.fromkeys(bits, float(WIDTH[step.settings["dtype"]]))
         elif "bits" in step.settings:
             grid = _bits_per_value(step.settings, card.anatomy.d_model)
@@ -37,6 +43,9 @@ def predicted_bytes(card: ModelCard, recipe: Recipe) -> float | None:
             bits |= {"matrices": grid, "tables": grid if same else float(table)}
         else:
             return None
+    matrices = float(sizes[sizes.index.isin(MATRICES)].sum())
+    tables = float(sizes[sizes.index.isin(TABLES)].sum())
+    rest = float(sizes.sum()) - matrices - tables
     return (matrices * bits["matrices"] + tables * bits["tables"] + rest * bits["rest"]) / 8
 
 

@@ -70,6 +70,10 @@ class Example:
 CostOf = Callable[["Anatomy", int, Any], Cost]
 """Expected cost of one call from the model's anatomy, the prompt's tokens and the parsed settings; needs no torch."""
 
+LeftOf = Callable[["Anatomy", Any], Mapping[str, float]]
+"""Component → share of its parameters that a compress step leaves, from the anatomy and the parsed settings; components
+that are not named stay whole. Raises where the step would be refused."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -89,6 +93,8 @@ class Method:
     examples: tuple[Example, ...] = ()
     cost: CostOf | None = None
     """None: about one forward pass."""
+    left: LeftOf | None = None
+    """Compress: what a step that changes the structure leaves. None where it stores weights otherwise, or says nothing."""
 
     @property
     def takes_reference(self) -> bool:
@@ -145,6 +151,7 @@ def method(
     answers: Question | None = None,
     examples: Iterable[Example] = (),
     cost: CostOf | None = None,
+    left: LeftOf | None = None,
 ) -> Callable[[F], F]:
     """Register the decorated function under its file's name; its last parameter is ``settings``.
 
@@ -183,6 +190,7 @@ def method(
             answers,
             tuple(examples),
             cost,
+            left,
         )
         return run
 

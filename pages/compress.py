@@ -21,7 +21,7 @@ from core.models.sizes import ModelCard
 from core.recipe import Recipe
 
 ABOUT = About(
-    "A recipe is a list of steps that make a smaller variant of the model. Making one queues three jobs: compress, "
+    "A recipe is a list of steps that make a variant of the model, usually a smaller one. Making one queues three jobs: compress, "
     "which ends with a reload of the saved files in a fresh process; evaluate, which takes the KL to the base on real "
     "text; and profile, which measures speed and memory on this machine.\n\n"
     "Predicted bytes are counted from the model's shapes before anything runs, and must equal the real ones within "

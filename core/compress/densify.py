@@ -80,6 +80,10 @@ class _Kept:
     title="Make dense",
     needs=["decoder", "moe", "text", "calibration"],
     paper="https://arxiv.org/abs/2605.28207",
+    left=lambda anatomy, settings: {
+        "experts": (settings.experts or anatomy.experts_per_token) / anatomy.n_experts,
+        "router": 0.0,
+    },
 )
 def run(
     loaded: LoadedModel, calibration: Documents | None, progress: Progress, settings: DensifySettings

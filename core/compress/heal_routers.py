@@ -49,6 +49,7 @@ class HealRoutersSettings(Settings):
     title="Heal routers",
     needs=["moe", "text", "calibration"],
     paper="https://arxiv.org/abs/2603.02217",
+    left=lambda anatomy, settings: {},  # all parameters stay
 )
 def run(
     loaded: LoadedModel,

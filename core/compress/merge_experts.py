@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
+from core.compress._experts_left import kept_by_share, share_left
 from core.compress._structure import Inventory, structural_result
-from core.errors import CannotCompress
 from core.models.loaded import LoadedModel
 from core.registry import Settings, method
 from core.routing.alignment import cheapest_order, neuron_activations, neuron_cost, reordered
@@ -71,6 +71,9 @@ class MergeExpertsSettings(Settings):
     title="Merge experts",
     needs=["moe", "text", "calibration"],
     paper="https://arxiv.org/abs/2604.04356",
+    left=lambda anatomy, settings: share_left(
+        kept_by_share(anatomy.n_experts, settings.share), anatomy.n_experts
+    ),
 )
 def run(
     loaded: LoadedModel, calibration: Documents | None, progress: Progress, settings: MergeExpertsSettings
@@ -88,7 +91,7 @@ def run(
     assert calibration is not None, "the registry's `needs` bring calibration text"
     loaded.refuse_if_packed()
     layers = experts_of(loaded)
-    n_kept = _n_kept(layers[0], settings.share)
+    n_kept = kept_by_share(layers[0].n_experts, settings.share, n_groups=layers[0].n_groups)
     check_count(layers, n_kept)
     texts = passages(loaded, calibration, length=PASSAGE, max_tokens=settings.calibration_tokens)
     before = Inventory.of(loaded)
@@ -189,16 +192,6 @@ def _merged(
                 "similarity": float(profile.similarity_EE()[merge.kept, member]),
                 "output_change": gap,
             }
-
-
-def _n_kept(layer: MoeLayer, share: float) -> int:
-    """Experts left per layer; the share is rounded within a router group."""
-    size = layer.n_experts // layer.n_groups
-    gone = round(size * share)
-    if not gone:
-        of = f"the {size} experts of a router group" if layer.n_groups > 1 else f"{size} experts"
-        raise CannotCompress(f"share={share} of {of} rounds to none; choose at least {1 / size:.3g}")
-    return (size - gone) * layer.n_groups
 
 
 def _group_of(merges: Sequence[Merge], n_experts: int) -> np.ndarray:

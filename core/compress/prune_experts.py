@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import Field
 
+from core.compress._experts_left import kept_by_share, share_left
 from core.compress._structure import Inventory, structural_result
 from core.compress._unreached import never_note
-from core.errors import BadInput, CannotCompress
+from core.errors import BadInput
 from core.models.loaded import LoadedModel
 from core.registry import Settings, method
 from core.routing.criteria import Criterion
@@ -71,6 +72,7 @@ class PruneExpertsSettings(Settings):
     title="Prune experts",
     needs=["moe", "text", "calibration"],
     paper="https://arxiv.org/abs/2510.13999",
+    left=lambda anatomy, settings: share_left(_n_kept(anatomy.n_experts, settings), anatomy.n_experts),
 )
 def run(
     loaded: LoadedModel, calibration: Documents | None, progress: Progress, settings: PruneExpertsSettings
@@ -87,7 +89,7 @@ def run(
     assert calibration is not None, "the registry's `needs` bring calibration text"
     loaded.refuse_if_packed()
     layers = experts_of(loaded)
-    n_kept = _n_kept(layers[0], settings)
+    n_kept = _n_kept(layers[0].n_experts, settings, n_groups=layers[0].n_groups)
     check_count(layers, n_kept)
     asked = read_pairs(settings.protect, layers)
     for at in layers if settings.criterion == "naee" else ():
@@ -141,16 +143,11 @@ def read_pairs(text: str, layers: Sequence[MoeLayer]) -> dict[int, frozenset[int
     return found
 
 
-def _n_kept(layer: MoeLayer, settings: PruneExpertsSettings) -> int:
-    """Experts that stay in every layer; a share is rounded within a router group."""
+def _n_kept(n_experts: int, settings: PruneExpertsSettings, *, n_groups: int = 1) -> int:
+    """Experts that stay in every layer."""
     if settings.count is not None:
-        return max(0, layer.n_experts - settings.count)
-    size = layer.n_experts // layer.n_groups
-    removed = round(size * settings.share)
-    if not removed:
-        of = f"the {size} experts of a router group" if layer.n_groups > 1 else f"{size} experts"
-        raise CannotCompress(f"share={settings.share} of {of} rounds to none; choose at least {1 / size:.3g}")
-    return (size - removed) * layer.n_groups
+        return max(0, n_experts - settings.count)
+    return kept_by_share(n_experts, settings.share, n_groups=n_groups)
 
 
 def _metrics(layers: Sequence[MoeLayer], n_kept: int, choice: Choice, evidence: Evidence) -> list[Metric]:

@@ -18,7 +18,13 @@ class ReduceTopKSettings(Settings):
     top_k: int = Field(default=1, ge=1, description="Experts per token in every layer; it may also be raised")
 
 
-@method("compress", title="Fewer experts per token", needs=["moe"], paper="https://arxiv.org/abs/2509.02753")
+@method(
+    "compress",
+    title="Fewer experts per token",
+    needs=["moe"],
+    paper="https://arxiv.org/abs/2509.02753",
+    left=lambda anatomy, settings: {},  # all parameters stay
+)
 def run(
     loaded: LoadedModel, calibration: Documents | None, progress: Progress, settings: ReduceTopKSettings
 ) -> Result:

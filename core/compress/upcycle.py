@@ -53,6 +53,7 @@ class UpcycleSettings(Settings):
     title="Upcycle to experts",
     needs=["decoder", "dense"],
     paper="https://arxiv.org/abs/2212.05055",
+    left=lambda anatomy, settings: {"mlp": settings.experts},  # routers are small beside them
 )
 def run(
     loaded: LoadedModel, calibration: Documents | None, progress: Progress, settings: UpcycleSettings

@@ -1,0 +1,54 @@
+"""Bytes promised before a variant is made, against the bytes of the model that the recipe's steps leave."""
+
+from __future__ import annotations
+
+import pytest
+
+from app.compress_views import predicted_bytes
+from core.models.open import open_model
+from core.models.sizes import model_card
+from core.recipe import Recipe
+from core.types import Documents, ModelRef, silent
+from tests.tiny import tiny_folder
+
+TEXT = Documents("words", "calibration", ("one two three four five six seven eight nine ten " * 40,))
+
+
+def model_after(loaded, recipe: Recipe) -> float:
+    for step in recipe.steps:
+        from core.registry import get
+
+        get("compress", step.method).run(loaded, TEXT, silent, step.parsed())
+    return float(loaded.nbytes)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "settings"),
+    [
+        ("olmoe", "prune_experts", {"criterion": "aimer", "share": 0.5, "compare_tokens": 0}),
+        ("olmoe", "prune_experts", {"criterion": "random", "count": 1, "compare_tokens": 0}),
+        ("mixtral", "merge_experts", {"scheme": "hc_smoe", "share": 0.5}),
+        ("qwen3_moe", "reduce_top_k", {"top_k": 1}),
+        ("llama", "upcycle", {"experts": 3}),
+        ("mixtral", "densify", {}),
+    ],
+)
+def test_structural_steps_are_predicted(tmp_path, family, method, settings):
+    loaded = open_model(ModelRef(str(tiny_folder(family, tmp_path))))
+    card, recipe = model_card(loaded), Recipe.of(method, **settings)
+    told = predicted_bytes(card, recipe)
+    assert told is not None
+    assert told == pytest.approx(model_after(loaded, recipe), rel=0.05)  # routers of tiny models are not small
+
+
+def test_what_follows_a_structural_step_is_counted_on_what_it_left(tmp_path):
+    card = model_card(open_model(ModelRef(str(tiny_folder("olmoe", tmp_path)))))
+    prune = {"method": "prune_experts", "settings": {"share": 0.5}}
+    both = Recipe.parse({"steps": [prune, {"method": "cast", "settings": {"dtype": "bfloat16"}}]})
+    alone = Recipe.parse({"steps": [prune]})
+    assert predicted_bytes(card, both) == pytest.approx(predicted_bytes(card, alone) / 2)
+
+
+def test_a_step_that_will_be_refused_promises_nothing(tmp_path):
+    card = model_card(open_model(ModelRef(str(tiny_folder("olmoe", tmp_path)))))
+    assert predicted_bytes(card, Recipe.of("prune_experts", share=0.001)) is None
