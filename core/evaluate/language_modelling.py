@@ -91,7 +91,9 @@ def run(
     """
     began = time.perf_counter()
     plans = _plan(base, variant, documents, settings)
-    with fast_fp32(settings.fp32_path) as path:
+    with fast_fp32(
+        settings.fp32_path, n_experts=max(base.anatomy.n_experts, variant.anatomy.n_experts)
+    ) as path:
         asked = [PROTOCOL, settings.model_dump(mode="json"), _identity(base), _identity(variant), path.name]
         scores = _score(base, variant, plans, journal, progress, asked)
     bootstrap = Bootstrap(len(scores), draws=settings.bootstrap_draws, seed=settings.seed)

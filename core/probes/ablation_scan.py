@@ -118,7 +118,7 @@ def ablation_scan(
     anatomy = loaded.anatomy
     texts, names, fingerprint = _texts(loaded, prompt, settings)
     components = [*heads(anatomy), *mlps(anatomy)]
-    with loaded.lock, torch.inference_mode(), fast_fp32() as path:
+    with loaded.lock, torch.inference_mode(), fast_fp32(n_experts=loaded.anatomy.n_experts) as path:
         target, distractor = _contrast(loaded, texts[0], settings)
         scored = Scored(slice(None), target.id if target else None, distractor.id if distractor else None)
         effects = ablate(

@@ -87,7 +87,12 @@ def attention_pattern(
     started = time.perf_counter()
     encoded = encode(loaded, prompt)
     check_head(loaded, settings.layer, settings.head)
-    with loaded.lock, torch.inference_mode(), eager_attention(loaded.model), fast_fp32() as path:
+    with (
+        loaded.lock,
+        torch.inference_mode(),
+        eager_attention(loaded.model),
+        fast_fp32(n_experts=loaded.anatomy.n_experts) as path,
+    ):
         seen = _look(loaded, encoded, settings)
     main = pd.concat([seen.scores[layer] for layer in sorted(seen.scores)], ignore_index=True)
     causal = seen.scorer.causal

@@ -67,7 +67,7 @@ def batch_experts(
     """
     started = time.perf_counter()
     texts = find_texts(loaded, prompt, settings.text)
-    with fast_fp32() as path:
+    with fast_fp32(n_experts=loaded.anatomy.n_experts) as path:
         choices = read_choices(loaded, texts, progress, max_tokens=settings.max_tokens)
     sizes = _sizes(choices.n_tokens, settings.largest)
     frame = _frame(choices, sizes, np.random.default_rng(settings.seed))

@@ -85,7 +85,12 @@ def compression_drift(
     start = encoded.start(settings.positions)
     n_layers = loaded.anatomy.n_layers
     limit_cells(n_layers + 1, encoded.n_tokens - start)
-    with loaded.lock, reference.lock, torch.inference_mode(), fast_fp32() as path:
+    with (
+        loaded.lock,
+        reference.lock,
+        torch.inference_mode(),
+        fast_fp32(n_experts=loaded.anatomy.n_experts) as path,
+    ):
         progress(0, 4, f"running {reference.ref}")
         original_SPD = residuals(reference, encoded, 0)
         progress(1, 4, f"running {loaded.ref}")

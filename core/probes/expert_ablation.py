@@ -87,7 +87,7 @@ def expert_ablation(
     layers = [layer for layer in every if layer.layer in chosen]
     n_experts = max(layer.n_experts for layer in layers)
     limit_cells(len(layers), n_experts)
-    with loaded.lock, torch.inference_mode(), fast_fp32() as path:
+    with loaded.lock, torch.inference_mode(), fast_fp32(n_experts=loaded.anatomy.n_experts) as path:
         pieces = Pieces.of(loaded, prompt, settings)
         scans = []
         for number, ids_T in enumerate(pieces.ids):

@@ -91,7 +91,7 @@ def expert_cache(
     started = time.perf_counter()
     layers = moe_layers(loaded)
     texts = find_texts(loaded, prompt, settings.text)
-    with loaded.lock, torch.inference_mode(), fast_fp32() as path:
+    with loaded.lock, torch.inference_mode(), fast_fp32(n_experts=loaded.anatomy.n_experts) as path:
         sessions = decode_sessions(
             loaded,
             texts,

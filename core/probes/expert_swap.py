@@ -87,7 +87,7 @@ def expert_swap(
     encoded = encode(loaded, prompt)
     position = resolve_position(settings.position, encoded.n_tokens)
     layer = layers[place_of(settings.layer, [at.layer for at in layers]) if settings.layer >= 0 else -1]
-    with loaded.lock, torch.inference_mode(), fast_fp32() as path:
+    with loaded.lock, torch.inference_mode(), fast_fp32(n_experts=loaded.anatomy.n_experts) as path:
         whole = Whole.of(loaded, encoded.inputs["input_ids"][0, : position + 1])
         target = resolve_token(loaded, settings.target, logits_V=whole.logits_V)
         slot = _slot(whole, layer, settings.expert)

@@ -130,7 +130,7 @@ def head_scores(
     )
     if repeats.length < 2:
         raise BadInput(f"{loaded.ref} has room for {repeats.length} random tokens; at least 2 are needed")
-    with loaded.lock, torch.inference_mode(), fast_fp32() as path:
+    with loaded.lock, torch.inference_mode(), fast_fp32(n_experts=loaded.anatomy.n_experts) as path:
         measured = measure(loaded, repeats, part_of(progress, 0.0, 0.1))
         copying_LH, trace_gap = every_copying(loaded, part_of(progress, 0.1, 0.2))
         effects = None

@@ -90,7 +90,11 @@ def logit_lens(
     start = encoded.start(settings.positions)
     points = shown_points(loaded.anatomy.n_layers, stride=settings.layer_stride, points=settings.points)
     limit_cells(len(points), encoded.n_tokens - start)
-    with loaded.lock, torch.inference_mode(), fast_fp32(settings.fp32_path) as path:
+    with (
+        loaded.lock,
+        torch.inference_mode(),
+        fast_fp32(settings.fp32_path, n_experts=loaded.anatomy.n_experts) as path,
+    ):
         lens = read_lens(
             loaded,
             encoded,

@@ -81,7 +81,12 @@ def restoration(
     encoded = encode_for_both(loaded, reference, prompt)
     start = encoded.start(settings.positions)
     n_layers = loaded.anatomy.n_layers
-    with loaded.lock, reference.lock, torch.inference_mode(), fast_fp32() as path:
+    with (
+        loaded.lock,
+        reference.lock,
+        torch.inference_mode(),
+        fast_fp32(n_experts=loaded.anatomy.n_experts) as path,
+    ):
         nodes: tuple[Node, ...] = ("attention_out", "mlp_out")
         original = record(reference, encoded.inputs, nodes)
         variant = record(loaded, encoded.inputs, nodes)

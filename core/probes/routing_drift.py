@@ -96,7 +96,12 @@ def routing_drift(
     started = time.perf_counter()
     refuse_another_shape(loaded, reference)
     ours, theirs, names = names_of(loaded, reference)
-    with loaded.lock, reference.lock, torch.inference_mode(), fast_fp32() as path:
+    with (
+        loaded.lock,
+        reference.lock,
+        torch.inference_mode(),
+        fast_fp32(n_experts=loaded.anatomy.n_experts) as path,
+    ):
         pieces = Pieces.of(loaded, prompt, settings)
         other = Pieces.of(reference, prompt, settings)
         for a, b in zip(pieces.ids, other.ids, strict=True):

@@ -47,7 +47,7 @@ def token_surprisal(
         raise BadInput(
             "the prompt is a single token, and the first token has no prefix; type at least two words"
         )
-    with loaded.lock, torch.inference_mode(), fast_fp32() as path:
+    with loaded.lock, torch.inference_mode(), fast_fp32(n_experts=loaded.anatomy.n_experts) as path:
         rows, gap = _score(loaded, encoded)
     frame = _frame(loaded, encoded, rows)
     scored = frame.iloc[1:]

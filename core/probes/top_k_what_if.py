@@ -87,7 +87,7 @@ def top_k_what_if(
     layers = moe_layers(loaded)
     most = min(layer.n_experts // layer.n_groups * layer.top_groups for layer in layers)
     tried = numbers(settings.experts_per_token, what="experts_per_token", allowed=_counts(most))
-    with loaded.lock, torch.inference_mode(), fast_fp32() as path:
+    with loaded.lock, torch.inference_mode(), fast_fp32(n_experts=loaded.anatomy.n_experts) as path:
         pieces = Pieces.of(loaded, prompt, settings)
         total = (1 + len(tried)) * len(pieces.ids)
         base = _predict_all(loaded, pieces, Change(), progress, total, 0)

@@ -105,7 +105,12 @@ def sparse_autoencoder(
     if settings.k > n_features:
         raise BadInput(f"k {settings.k} is more than the {n_features} features; lower k or raise expansion")
     parts = cut_text(loaded, documents, window=settings.window, max_tokens=settings.max_tokens)
-    with loaded.lock, torch.inference_mode(False), torch.no_grad(), fast_fp32(settings.fp32_path) as path:
+    with (
+        loaded.lock,
+        torch.inference_mode(False),
+        torch.no_grad(),
+        fast_fp32(settings.fp32_path, n_experts=loaded.anatomy.n_experts) as path,
+    ):
         gathered = _Gathered(loaded, parts, layer, part_of(progress, 0.0, 0.4))
         recipe = Recipe(
             n_features,

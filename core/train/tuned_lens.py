@@ -96,7 +96,12 @@ def tuned_lens(
     """
     started = time.perf_counter()
     parts = cut_text(loaded, documents, window=settings.window, max_tokens=settings.max_tokens)
-    with loaded.lock, torch.inference_mode(False), torch.no_grad(), fast_fp32(settings.fp32_path) as path:
+    with (
+        loaded.lock,
+        torch.inference_mode(False),
+        torch.no_grad(),
+        fast_fp32(settings.fp32_path, n_experts=loaded.anatomy.n_experts) as path,
+    ):
         if settings.epochs:
             require_gradients(loaded)
         seen = _read(loaded, parts, settings, part_of(progress, 0.0, 0.3))

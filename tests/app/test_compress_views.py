@@ -38,7 +38,9 @@ def test_structural_steps_are_predicted(tmp_path, family, method, settings):
     card, recipe = model_card(loaded), Recipe.of(method, **settings)
     told = predicted_bytes(card, recipe)
     assert told is not None
-    assert told == pytest.approx(model_after(loaded, recipe), rel=0.05)  # routers of tiny models are not small
+    assert told == pytest.approx(
+        model_after(loaded, recipe), rel=0.05
+    )  # routers of tiny models are not small
 
 
 def test_what_follows_a_structural_step_is_counted_on_what_it_left(tmp_path):

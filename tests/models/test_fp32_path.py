@@ -121,3 +121,11 @@ def test_answer_is_kept_on_disk_and_a_damaged_one_is_made_again(tmp_path, monkey
     monkeypatch.setattr(fp32_path, "parity", lambda: Parity(1.0, 1.0))
     file.write_text("{")
     assert fp32_path.known_parity() == Parity(1.0, 1.0)
+
+
+def test_a_model_of_experts_is_left_alone():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with fast_fp32(n_experts=16) as path:
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert not path.fast
+    assert "experts" in path.name

@@ -25,6 +25,7 @@ from core.profile.measured import Facts
 from core.profile.runtimes._base import Clock, Prepared, ProfileSettings, WallClock
 from core.profile.session import profile_artifact
 from core.registry import method
+from core.routing.discover import EXPERT_COUNTS
 from core.types import Progress, Result
 
 
@@ -126,7 +127,10 @@ class TorchEager:
     def load(self) -> None:
         """``from_pretrained`` and the move to the device."""
         if self._is_float32():
-            self._fp32 = self._globals.enter_context(fast_fp32(self._settings.fp32_path))
+            text = self._config.get_text_config()
+            n_experts = max(getattr(text, name, None) or 0 for name in EXPERT_COUNTS)
+            path = fast_fp32(self._settings.fp32_path, n_experts=n_experts)
+            self._fp32 = self._globals.enter_context(path)
         kind = "ForCausalLM" if self._generates else "ForImageClassification" if self._names_pictures else ""
         auto = getattr(transformers, f"AutoModel{kind}")
         dtype = "auto" if self._settings.dtype == "stored" else self._settings.dtype
