@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import sysconfig
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -183,8 +184,11 @@ def _files(domain: str) -> tuple[_File, ...]:
 def _modules() -> tuple[tuple[str, Path], ...]:
     """The standard library's modules, (name, path), without tests and tables."""
     root = Path(sysconfig.get_path("stdlib"))
-    found = ((path.relative_to(root), path) for path in sorted(root.rglob("*.py")))
-    return tuple((name.as_posix(), path) for name, path in found if NOT_LIBRARY.isdisjoint(name.parts))
+    found = []
+    for folder, inner, files in os.walk(root):
+        inner[:] = [name for name in inner if name not in NOT_LIBRARY]  # installed packages are many times the library
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return tuple((path.relative_to(root).as_posix(), path) for path in sorted(found))
 
 
 @cache
