@@ -10,6 +10,7 @@ from app.components.recipe_editor import fitting
 from app.text import esc
 from core.models.sizes import ModelCard
 from core.recipe import Recipe
+from core.registry import Need
 
 DEMO = "demo:moe"
 ABOUT = About(
@@ -55,18 +56,23 @@ def facts(card: ModelCard) -> None:
 
 
 def _next_steps(card: ModelCard) -> None:
-    """A link to every method that compresses by routing, with its default recipe ready to be changed."""
+    """What can be made of it by its routing."""
     with st.container(horizontal=True, gap="small", vertical_alignment="center"):
-        st.caption("Make it smaller", width="content")
-        for id_, method in fitting(card.offers).items():
-            if "moe" in method.needs:
-                st.page_link(
-                    "../pages/compress.py",
-                    label=esc(method.title),
-                    icon=":material/compress:",
-                    help=esc(method.summary),
-                    query_params={"recipe": Recipe.of(id_).canonical()},
-                )
+        st.caption("Compress by routing", width="content")
+        _recipe_links(card, "moe", icon="compress")
+
+
+def _recipe_links(card: ModelCard, need: Need, *, icon: str) -> None:
+    """A link to every compression method that asks for ``need`` and fits the model, its default recipe ready to be changed."""
+    for id_, method in fitting(card.offers).items():
+        if need in method.needs:
+            st.page_link(
+                "../pages/compress.py",
+                label=esc(method.title),
+                icon=f":material/{icon}:",
+                help=esc(method.summary),
+                query_params={"recipe": Recipe.of(id_).canonical()},
+            )
 
 
 def dense(source: str, card: ModelCard) -> None:
@@ -86,12 +92,4 @@ def dense(source: str, card: ModelCard) -> None:
                 on_click=state.choose_model,
                 args=(DEMO,),
             )
-            for id_, method in fitting(card.offers).items():
-                if "dense" in method.needs:
-                    st.page_link(
-                        "../pages/compress.py",
-                        label=esc(method.title),
-                        icon=":material/call_split:",
-                        help=esc(method.summary),
-                        query_params={"recipe": Recipe.of(id_).canonical()},
-                    )
+            _recipe_links(card, "dense", icon="call_split")
