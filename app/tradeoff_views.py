@@ -28,9 +28,13 @@ BASE = "base"
 
 
 def method_domain(frame: pd.DataFrame) -> list[str]:
-    """Every method in one fixed order, so that a method keeps its colour whatever is filtered."""
-    known = list(methods("compress"))
-    return known + sorted(set(frame["method"].dropna().unique()) - set(known) - {"", BASE})
+    """The methods of a base's variants in one fixed order, so that each keeps its colour whatever is filtered.
+
+    Methods that made none are left out: a legend of all would take the room of the points, and colours are few.
+    """
+    found = set(frame["method"].dropna().unique()) - {"", BASE}
+    known = [id_ for id_ in methods("compress") if id_ in found]
+    return known + sorted(found - set(known))
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,13 @@ def ask(m: Method, loaded: LoadedModel, variant: Callable[[], LoadedModel]) -> R
     second = "three two one" if "encoder" in m.needs else None
     vision = loaded.family == "vision"
     prompt = Prompt(image="digits:0") if vision else Prompt("one two three one two three", second)
-    # Patching needs a second prompt, which no default can be; others may have one.
-    settings = m.parse({"corrupted": "two one three one two three"} if "patching" in m.id else {})
+    # What no default can be: a second prompt with its answers, and a model's earlier checkpoints.
+    given: dict[str, str] = {}
+    if "patching" in m.id:
+        given = {"corrupted": "two one three one two three", "target": " two", "distractor": " one"}
+    elif "checkpoints" in m.settings.model_fields:
+        given = {"checkpoints": str(loaded.folder)}
+    settings = m.parse(given)
     models = (variant(), loaded) if m.takes_reference else (loaded,)
     return m.run(*models, prompt, silent, settings)
 

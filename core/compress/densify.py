@@ -58,9 +58,9 @@ class DensifySettings(Settings):
         description="fitted: constants with the least squared error on calibration text; mean: the average routing weight",
     )
     max_tokens: int = Field(
-        default=8192, ge=64, description="Calibration tokens; a fifth is held out to measure on"
+        default=8192, ge=64, le=262_144, description="Calibration tokens; a fifth is held out to measure on"
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the random selection")
+    seed: int = Field(default=0, ge=0, le=1_000_000, description="Seed of the random selection")
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,7 +41,7 @@ class HealRoutersSettings(Settings):
     checks: int = Field(
         default=4, ge=1, le=50, description="Times the KL on held-out text is measured on the way"
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the order of windows")
+    seed: int = Field(default=0, ge=0, le=1_000_000, description="Seed of the order of windows")
 
 
 @method(

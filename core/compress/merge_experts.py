@@ -60,7 +60,7 @@ class MergeExpertsSettings(Settings):
         default="average",
         description="hc_smoe: distance of two clusters, the mean or the smallest of their pairs",
     )
-    largest_group: int = Field(default=16, ge=2, description="ream: experts that become one at most")
+    largest_group: int = Field(default=16, ge=2, le=256, description="ream: experts that become one at most")
     calibration_tokens: int = Field(
         default=4096, ge=64, le=262_144, description="Calibration tokens that all experts of a layer compute"
     )

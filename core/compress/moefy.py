@@ -50,7 +50,7 @@ class MoefySettings(Settings):
         default=8, ge=2, le=256, description="Experts per layer; must divide the MLP's neurons"
     )
     top_k: int = Field(
-        default=6, ge=1, description="Experts each token runs; all of them is the dense model exactly"
+        default=6, ge=1, le=256, description="Experts each token runs; all of them is the dense model exactly"
     )
     cluster_by: Literal["activations", "weights"] = Field(
         default="activations",
@@ -58,9 +58,14 @@ class MoefySettings(Settings):
         "similar gate rows",
     )
     max_tokens: int = Field(
-        default=8192, ge=64, description="Calibration tokens; a fifth is held out to measure the routers on"
+        default=8192,
+        ge=64,
+        le=262_144,
+        description="Calibration tokens; a fifth is held out to measure the routers on",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the clustering and of the choice by chance")
+    seed: int = Field(
+        default=0, ge=0, le=1_000_000, description="Seed of the clustering and of the choice by chance"
+    )
 
     @model_validator(mode="after")
     def _enough_experts(self) -> MoefySettings:

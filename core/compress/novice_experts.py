@@ -39,7 +39,7 @@ class NoviceExpertsSettings(Settings):
 
     share: float = Field(default=0.25, gt=0, le=1, description="Share of every layer's experts to replace")
     count: int | None = Field(
-        default=None, ge=1, description="Experts to replace in every layer, instead of a share"
+        default=None, ge=1, le=4096, description="Experts to replace in every layer, instead of a share"
     )
     calibration_tokens: int = Field(
         default=8192, ge=64, le=1_048_576, description="Tokens that means and deviations are of"

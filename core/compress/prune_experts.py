@@ -47,7 +47,7 @@ class PruneExpertsSettings(Settings):
     )
     share: float = Field(default=0.25, gt=0, lt=1, description="Share of every layer's experts to remove")
     count: int | None = Field(
-        default=None, ge=1, description="Experts to remove of every layer, instead of a share"
+        default=None, ge=1, le=4096, description="Experts to remove of every layer, instead of a share"
     )
     protect_super: bool = Field(
         default=True, description="Never remove an expert whose output holds massive activations"
@@ -64,7 +64,9 @@ class PruneExpertsSettings(Settings):
         le=16_384,
         description="Tokens on which the choice is held against random ones and, where few, all others; 0: not at all",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of criterion random and of the random choices")
+    seed: int = Field(
+        default=0, ge=0, le=1_000_000, description="Seed of criterion random and of the random choices"
+    )
 
 
 @method(

@@ -15,7 +15,9 @@ from core.types import Documents, Metric, Progress, Result
 class ReduceTopKSettings(Settings):
     """How many experts a token gets."""
 
-    top_k: int = Field(default=1, ge=1, description="Experts per token in every layer; it may also be raised")
+    top_k: int = Field(
+        default=1, ge=1, le=256, description="Experts per token in every layer; it may also be raised"
+    )
 
 
 @method(

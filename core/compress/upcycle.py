@@ -32,14 +32,16 @@ class UpcycleSettings(Settings):
     """How many experts, and how much of each is new."""
 
     experts: int = Field(default=4, ge=2, le=256, description="Experts per layer, each a copy of the MLP")
-    top_k: int = Field(default=2, ge=1, description="Experts each token is routed to")
+    top_k: int = Field(default=2, ge=1, le=256, description="Experts each token is routed to")
     drop: float = Field(
         default=0.0,
         ge=0,
         le=1,
         description="Share of each expert's neurons drawn anew (drop-upcycling); 0 keeps the function exactly",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the routers and of what is drawn anew")
+    seed: int = Field(
+        default=0, ge=0, le=1_000_000, description="Seed of the routers and of what is drawn anew"
+    )
 
     @model_validator(mode="after")
     def _enough_experts(self) -> UpcycleSettings:

@@ -186,7 +186,9 @@ def _modules() -> tuple[tuple[str, Path], ...]:
     root = Path(sysconfig.get_path("stdlib"))
     found = []
     for folder, inner, files in os.walk(root):
-        inner[:] = [name for name in inner if name not in NOT_LIBRARY]  # installed packages are many times the library
+        inner[:] = [
+            name for name in inner if name not in NOT_LIBRARY
+        ]  # installed packages are many times the library
         found += [Path(folder, name) for name in files if name.endswith(".py")]
     return tuple((path.relative_to(root).as_posix(), path) for path in sorted(found))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,14 @@ SPEED = {"tier": "rapid", "prompt_tokens": 16, "new_tokens": 4}
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache for all, so that the numeric path is chosen once."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """A shell starts background jobs deaf to Ctrl-C, and so would be every process that a test here starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
