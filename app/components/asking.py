@@ -18,7 +18,7 @@ from core.estimate import Estimate, estimate
 from core.jobs.plan import probe_spec, submit_probe
 from core.jobs.states import ACTIVE
 from core.models.sizes import ModelCard
-from core.registry import Method, Settings
+from core.registry import Method, Settings, get
 from core.types import Job, Result
 
 AT_ONCE_S = 2.0
@@ -32,7 +32,7 @@ def answer(question: Question, probe: Method, card: ModelCard, *, key: str) -> R
     told = expected(question, probe, card)
     if told is None or told.seconds <= AT_ONCE_S:
         call = engine.probe(question)
-        st.session_state[f"{key}_asked"] = question, probe, card
+        st.session_state[f"{key}_asked"] = question
         return settled(call, key=key, cancel=True)
     job = _job_of(question)
     if job is not None and job.state == "succeeded":
@@ -55,12 +55,12 @@ def ask_ahead() -> None:
 
     Drawing the page down to the answer takes some 0.1 s, in which the inspector can already compute.
     """
-    asked = st.session_state.get("probe_asked")
-    if asked is None:
+    last: Question | None = st.session_state.get("probe_asked")
+    opening = None if last is None else engine.open_model(last.source).ticket
+    if last is None or opening is None or not opening.succeeded:
         return
-    last, probe, card = asked
     question = replace(last, prompt=replace(last.prompt, text=st.session_state["text"]))
-    told = expected(question, probe, card)
+    told = expected(question, get("probe", last.method), opening.result())
     if told is not None and told.seconds <= AT_ONCE_S:
         engine.probe(question)
 

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
+from pydantic import model_validator
 
 from core.compress._structure import Inventory, structural_result
 from core.models.loaded import LoadedModel
 from core.models.sizes import active_parameters
 from core.registry import Settings
 from core.types import Documents, Metric, Result, View
+
+
+class RoutedSettings(Settings):
+    """Settings of a method that makes experts; a token gets at most as many as there are."""
+
+    experts: int
+    top_k: int
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> Self:
+        if self.top_k > self.experts:
+            raise ValueError(f"a token cannot be routed to {self.top_k} of {self.experts} experts")
+        return self
 
 
 @dataclass(frozen=True)

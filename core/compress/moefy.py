@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from core.compress._conversion import Source, converted_result
+from core.compress._conversion import RoutedSettings, Source, converted_result
 from core.compress._dealing import by_activation, by_gate_rows, fit_routers, measure
 from core.errors import CannotCompress
 from core.lazy import torch
 from core.models.loaded import LoadedModel
-from core.registry import Settings, method
+from core.registry import method
 from core.routing._upcycling import dealt
 from core.routing._upcycling_build import (
     dense_mlps,
@@ -43,7 +43,7 @@ VIEWS = (
 )  # fmt: skip
 
 
-class MoefySettings(Settings):
+class MoefySettings(RoutedSettings):
     """How many experts the neurons are dealt out to, and by what."""
 
     experts: int = Field(
@@ -66,12 +66,6 @@ class MoefySettings(Settings):
     seed: int = Field(
         default=0, ge=0, le=1_000_000, description="Seed of the clustering and of the choice by chance"
     )
-
-    @model_validator(mode="after")
-    def _enough_experts(self) -> MoefySettings:
-        if self.top_k > self.experts:
-            raise ValueError(f"a token cannot be routed to {self.top_k} of {self.experts} experts")
-        return self
 
 
 @method(

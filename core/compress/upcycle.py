@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from core.compress._conversion import Source, converted_result
+from core.compress._conversion import RoutedSettings, Source, converted_result
 from core.lazy import torch
 from core.models.loaded import LoadedModel
-from core.registry import Settings, method
+from core.registry import method
 from core.routing._upcycling import GatedMlp, fused, redrawn
 from core.routing._upcycling_build import (
     dense_mlps,
@@ -28,7 +28,7 @@ ROUTER_STD = 0.02
 """Standard deviation of fresh router weights, as transformers draws them (``initializer_range``)."""
 
 
-class UpcycleSettings(Settings):
+class UpcycleSettings(RoutedSettings):
     """How many experts, and how much of each is new."""
 
     experts: int = Field(default=4, ge=2, le=256, description="Experts per layer, each a copy of the MLP")
@@ -42,12 +42,6 @@ class UpcycleSettings(Settings):
     seed: int = Field(
         default=0, ge=0, le=1_000_000, description="Seed of the routers and of what is drawn anew"
     )
-
-    @model_validator(mode="after")
-    def _enough_experts(self) -> UpcycleSettings:
-        if self.top_k > self.experts:
-            raise ValueError(f"a token cannot be routed to {self.top_k} of {self.experts} experts")
-        return self
 
 
 @method(

@@ -79,6 +79,11 @@ def shown_layers(layers: Sequence[int], n_experts: int) -> tuple[int, ...]:
     return tuple(layers[::stride])
 
 
+def shown_rows(frame: pd.DataFrame, layers: Sequence[int], n_experts: int) -> pd.DataFrame:
+    """The rows of the layers that a layer × expert map shows."""
+    return frame[frame["layer"].isin(shown_layers(layers, n_experts))].reset_index(drop=True)
+
+
 def shown_note(layers: Sequence[int], n_experts: int) -> tuple[str, ...]:
     """A sentence where a map leaves layers out; tables and curves never do."""
     kept = shown_layers(layers, n_experts)

@@ -19,8 +19,8 @@ from core.probes._routing_report import (
     conservation_gap,
     count_choices,
     layer_by_expert,
-    shown_layers,
     shown_note,
+    shown_rows,
     text_flags,
     text_notes,
     text_provenance,
@@ -87,9 +87,7 @@ def dead_experts(
         frames={
             "curve": pd.concat([curve, _even(choices, curve["tokens"].unique())], ignore_index=True),
             "rare": cells.sort_values(["tokens", "layer", "expert"], ignore_index=True).head(100),
-            "main": cells[cells["layer"].isin(shown_layers(choices.layers, choices.n_experts))].reset_index(
-                drop=True
-            ),
+            "main": shown_rows(cells, choices.layers, choices.n_experts),
             "layers": _layers(choices, load_LE),
         },
         views=_VIEWS,

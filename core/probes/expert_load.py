@@ -121,12 +121,13 @@ def expert_load(
 
 def balance_by_layer(load_GLE: Ints, choices: Choices) -> pd.DataFrame:
     """One row per MoE layer: every statistic of its loads with its interval, and what chance alone would give."""
-    n_experts = choices.n_experts
     columns: dict[str, Any] = {"layer": choices.layers}
     for name, statistic in BALANCE.items():
         columns |= Counted.of(load_GLE, statistic).columns(name)
-    even = choices.top_k * choices.n_tokens
-    columns["cv_of_chance"] = np.sqrt((n_experts - choices.top_k) / even)
+    n_choices = choices.top_k * choices.n_tokens
+    columns["cv_of_chance"] = float(
+        statistics.balance_under_chance(n_choices, choices.n_experts, top_k=choices.top_k)
+    )
     columns["never_chosen"] = (load_GLE.sum(0) == 0).sum(-1)
     return pd.DataFrame(columns)
 

@@ -22,8 +22,8 @@ from core.probes._routing_report import (
     conservation_gap,
     count_choices,
     layer_by_expert,
-    shown_layers,
     shown_note,
+    shown_rows,
     text_notes,
     text_provenance,
 )
@@ -110,9 +110,7 @@ def special_experts(
     return Result(
         frames={
             "ranked": ranked.drop(columns="order").head(RANKED).reset_index(drop=True),
-            "main": cells[cells["layer"].isin(shown_layers(choices.layers, choices.n_experts))].reset_index(
-                drop=True
-            ),
+            "main": shown_rows(cells, choices.layers, choices.n_experts),
             "committee": committee.frame(choices),
             "protect": pd.DataFrame(
                 {"protect": [protected], "experts": [len(protected.split(",")) if protected else 0]}

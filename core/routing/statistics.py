@@ -87,9 +87,12 @@ def pooled_balance_loss(load_LE: ArrayLike, probability_LE: ArrayLike, n_tokens:
     return float(balance_loss(_floats(load_LE).mean(0), _floats(probability_LE).mean(0), n_tokens))
 
 
-def balance_under_chance(n_choices: ArrayLike, n_experts: int) -> Floats:
-    """CV that a perfectly uniform router would still show on so many choices: √((E − 1) / choices)."""
-    return np.asarray(np.sqrt((n_experts - 1) / _floats(n_choices)), dtype=np.float64)
+def balance_under_chance(n_choices: ArrayLike, n_experts: int, *, top_k: int = 1) -> Floats:
+    """CV that a perfectly uniform router would still show on so many choices: √((E − k) / choices).
+
+    The k choices of one token are k different experts, so they vary less than as many choices of their own.
+    """
+    return np.asarray(np.sqrt((n_experts - top_k) / _floats(n_choices)), dtype=np.float64)
 
 
 # --- experts together ---------------------------------------------------------------------------------

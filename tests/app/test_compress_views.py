@@ -8,6 +8,7 @@ from app.compress_views import predicted_bytes
 from core.models.open import open_model
 from core.models.sizes import model_card
 from core.recipe import Recipe
+from core.registry import get
 from core.types import Documents, ModelRef, silent
 from tests.tiny import tiny_folder
 
@@ -16,8 +17,6 @@ TEXT = Documents("words", "calibration", ("one two three four five six seven eig
 
 def model_after(loaded, recipe: Recipe) -> float:
     for step in recipe.steps:
-        from core.registry import get
-
         get("compress", step.method).run(loaded, TEXT, silent, step.parsed())
     return float(loaded.nbytes)
 
