@@ -41,7 +41,7 @@ def test_key_order_and_spaces_do_not_matter(tmp_path):
     [
         ({"steps": []}, BadInput, "steps"),
         ({"steps": [{"method": "rtm"}]}, UnknownMethod, "there are:"),
-        ({"steps": [{"method": "rtn", "settings": {"bits": 5}}]}, BadSettings, "bits"),
+        ({"steps": [{"method": "rtn", "settings": {"bits": 9}}]}, BadSettings, "bits"),
         ({"steps": [{"method": "rtn", "settings": {"bit": 4}}]}, BadSettings, "unknown setting 'bit'"),
         ({"steps": [{"method": "rtn"}], "schema_version": 99}, BadInput, "99"),
         ([], BadInput, "a recipe looks like"),

@@ -90,7 +90,7 @@ def test_a_recipe_in_the_address_is_edited_as_json(queue, model):
     [
         ("{", "This is not JSON"),
         ('{"steps": []}', "recipe: steps"),
-        ('{"steps": [{"method": "rtn", "settings": {"bits": 7}}]}', "bits = 7"),
+        ('{"steps": [{"method": "rtn", "settings": {"bits": 9}}]}', "bits = 9"),
         ('{"steps": [{"method": "magic"}]}', "no compress method is called 'magic'"),
     ],
 )

@@ -90,7 +90,7 @@ def test_refusals_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(CannotCompress, match=r"choose embedding_bits=4 .*, 8 .* or 16"):
         apply(tied, "rtn", bits=4, embedding_bits=3)
     with pytest.raises(BadSettings, match="bits"):
-        apply(tied, "rtn", bits=5)
+        apply(tied, "rtn", bits=9)
     apply(tied, "rtn", bits=8, group_size=64)
     with pytest.raises(CannotCompress, match="one quantizing step"):
         apply(tied, "rtn", bits=4)

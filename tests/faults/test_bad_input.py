@@ -166,7 +166,7 @@ def test_a_text_that_does_not_exist(refused: Refusal, model: Path, tmp_path: Pat
         ("[]", "a recipe looks like"),
         ('{"steps": []}', "a recipe looks like"),
         ('{"steps": [{"method": "rtm"}]}', "rtn"),
-        ('{"steps": [{"method": "rtn", "settings": {"bits": 5}}]}', "bits"),
+        ('{"steps": [{"method": "rtn", "settings": {"bits": 9}}]}', "bits"),
         ("caf\xe9", "is not JSON"),
     ],
 )
