@@ -13,6 +13,7 @@ import numpy as np
 
 from core.errors import CannotMeasure
 from core.evaluate._token_scores import TokenScores, score_window
+from core.models.kv_cache import KvCache
 from core.models.loaded import LoadedModel
 from core.text.windows import EncodedDocument, Window
 
@@ -57,12 +58,13 @@ def score_document(
     *,
     document: int,
     on_window: Callable[[], None],
+    kv_cache: KvCache = "model",
 ) -> DocumentScore:
     """Run both models over one document; raises ``CannotMeasure`` naming the document for non-finite logits."""
     parts: list[TokenScores] = []
     for window in windows:
         try:
-            parts.append(score_window(base, variant, encoded.ids, window))
+            parts.append(score_window(base, variant, encoded.ids, window, kv_cache=kv_cache))
         except CannotMeasure as error:
             raise CannotMeasure(f"document {document} ({begins(encoded.text)!r}): {error}") from None
         on_window()

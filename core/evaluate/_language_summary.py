@@ -6,7 +6,7 @@ Knows sums and intervals; nothing about models or text. Letters: D documents, N 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import exp, log
 from typing import Literal
 
@@ -15,6 +15,7 @@ import pandas as pd
 
 from core.evaluate._document_score import MAX_WORST, DocumentScore
 from core.evaluate._intervals import MIN_DOCUMENTS, Bootstrap, Floats, Interval
+from core.models.kv_cache import KvCache
 from core.types import Metric, View
 
 TAIL_POINTS = 80
@@ -31,8 +32,16 @@ POSITION_COLUMNS = (
 )
 
 
-def metrics(scores: Sequence[DocumentScore], bootstrap: Bootstrap, *, same: bool) -> tuple[Metric, ...]:
-    """The headline numbers with their intervals; ``same`` says that the variant is the base itself."""
+def metrics(
+    scores: Sequence[DocumentScore], bootstrap: Bootstrap, *, same: bool, kv_cache: KvCache = "model"
+) -> tuple[Metric, ...]:
+    """The headline numbers with their intervals; ``same`` says that the variant is the base itself.
+
+    Under another KV cache they are other numbers, and carry its name.
+    """
+    if kv_cache != "model":
+        under_cache = metrics(scores, bootstrap, same=False)
+        return tuple(replace(metric, name=f"{metric.name}_kv_{kv_cache}") for metric in under_cache)
     tokens_D, bytes_D = _column(scores, "tokens"), _column(scores, "bytes")
     base_D, variant_D = _column(scores, "nats_base"), _column(scores, "nats_variant")
     bits_D, base_bits_D = variant_D / log(2), base_D / log(2)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from core.errors import CannotMeasure
 from core.lazy import torch
+from core.models.kv_cache import KvCache, new_cache
 from core.models.loaded import LoadedModel
 from core.text.windows import Ints, Window
 
@@ -43,26 +44,32 @@ class TokenScores:
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
-def next_token_logits(loaded: LoadedModel, ids: Ints, window: Window) -> Tensor:
+def next_token_logits(
+    loaded: LoadedModel, ids: Ints, window: Window, *, kv_cache: KvCache = "model"
+) -> Tensor:
     """Logits [P, V] that predict the scored tokens of ``window``; only their positions are unembedded."""
     with loaded.lock, torch.inference_mode():
         inputs = torch.as_tensor(ids[window.begin : window.end - 1], device=loaded.model.device)[None]
         keep = window.end - window.first
-        logits: Tensor = loaded.model(inputs, use_cache=False, logits_to_keep=keep).logits[0, -keep:]
+        cache = new_cache(loaded.model, kv_cache)
+        output = loaded.model(inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep)
+        logits: Tensor = output.logits[0, -keep:]
     return logits
 
 
-def score_window(base: LoadedModel, variant: LoadedModel, ids: Ints, window: Window) -> TokenScores:
+def score_window(
+    base: LoadedModel, variant: LoadedModel, ids: Ints, window: Window, *, kv_cache: KvCache = "model"
+) -> TokenScores:
     """Score one window under both models; one forward only, and a KL of exactly 0, where they are the same.
 
-    Raises ``CannotMeasure`` when a model gives a logit that is not a finite number.
+    ``kv_cache`` is what the variant keeps keys and values in; the base keeps its own. Raises ``CannotMeasure`` when a model gives a logit that is not a finite number.
     """
     base_PV = next_token_logits(base, ids, window)
     targets_P = torch.as_tensor(ids[window.first : window.end], device=base_PV.device)
-    if variant is base:
+    if variant is base and kv_cache == "model":
         scores = compare_logits(base_PV, None, targets_P)
     else:
-        variant_PV = next_token_logits(variant, ids, window).to(base_PV.device)
+        variant_PV = next_token_logits(variant, ids, window, kv_cache=kv_cache).to(base_PV.device)
         scores = compare_logits(base_PV, variant_PV, targets_P)
     variant_numbers = scores.nats_variant + scores.kl  # a logit of any other token shows in the KL only
     for role, loaded, numbers in (("base", base, scores.nats_base), ("variant", variant, variant_numbers)):

@@ -18,6 +18,7 @@ from core.evaluate._intervals import Bootstrap
 from core.evaluate._language_summary import frames, metrics, notes, views
 from core.journal import Journal
 from core.models.fp32_path import Fp32Setting, fast_fp32
+from core.models.kv_cache import KvCache
 from core.models.loaded import LoadedModel
 from core.registry import Settings, method
 from core.text.windows import EncodedDocument, Window, encode_document, sliding_windows
@@ -52,6 +53,11 @@ class LanguageModellingSettings(Settings):
         2000, ge=500, le=100_000, description="Resamplings of documents for the intervals"
     )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the resampling")
+    kv_cache: KvCache = Field(
+        "model",
+        description="What the variant keeps keys and values in while it reads; model: its own dtype. Other choices "
+        "give numbers of their own names, e.g. kl_kv_int8",
+    )
     fp32_path: Fp32Setting = Field(
         "auto", description="Kernels of float32 products: auto takes oneDNN's where proven equal, exact never"
     )
@@ -82,7 +88,8 @@ def run(
     Both models read the same windows of text. KL(base‖variant) = Σ p ln(p/q) over the whole vocabulary, in
     nats per token, says how far the predicted distribution moved; bits per byte and perplexity say how much
     worse (or better) the text is predicted. Top-1 agreement and flips count the tokens where the most likely
-    token changed, and where it changed between right and wrong. Intervals resample whole documents, because
+    token changed, and where it changed between right and wrong. With ``kv_cache`` every key and value of the variant is
+    rounded as it is written; evaluated so, the base itself says what the cache alone costs. Intervals resample whole documents, because
     tokens of one document are alike; the difference in bits per byte is resampled in pairs.
 
     Finished documents are kept in ``journal``, and one that is there is not run again. Raises ``BadInput`` for models
@@ -95,13 +102,13 @@ def run(
         settings.fp32_path, n_experts=max(base.anatomy.n_experts, variant.anatomy.n_experts)
     ) as path:
         asked = [PROTOCOL, settings.model_dump(mode="json"), _identity(base), _identity(variant), path.name]
-        scores = _score(base, variant, plans, journal, progress, asked)
+        scores = _score(base, variant, plans, journal, progress, asked, kv_cache=settings.kv_cache)
     bootstrap = Bootstrap(len(scores), draws=settings.bootstrap_draws, seed=settings.seed)
     found = frames(scores)
     return Result(
         frames=found,
         views=views(found),
-        metrics=metrics(scores, bootstrap, same=variant is base),
+        metrics=metrics(scores, bootstrap, same=variant is base, kv_cache=settings.kv_cache),
         provenance=provenance(
             base,
             variant,
@@ -117,6 +124,7 @@ def run(
                 "window": plans[0].size,
                 "stride": plans[0].stride,
                 "max_document_tokens": settings.max_document_tokens,
+                "kv_cache": settings.kv_cache,
                 "bos_added": plans[0].encoded.has_bos,
                 "fp32_path": path.name,
             },
@@ -132,6 +140,8 @@ def _score(
     journal: Journal,
     progress: Progress,
     asked: list[Any],
+    *,
+    kv_cache: KvCache,
 ) -> list[DocumentScore]:
     """Every document's score, from the journal where it is there; ``asked`` is what all of them depend on."""
     counter = _Counter(progress, sum(len(plan.windows) for plan in plans))
@@ -145,8 +155,9 @@ def _score(
             scores.append(DocumentScore(**row))
             continue
         score = score_document(
-            base, variant, plan.encoded, plan.windows, document=plan.document, on_window=counter.advance
-        )
+            base, variant, plan.encoded, plan.windows, document=plan.document, on_window=counter.advance,
+            kv_cache=kv_cache,
+        )  # fmt: skip
         journal.put(key, score.row())
         scores.append(score)
     return scores

@@ -51,6 +51,8 @@ class Facts(_Record):
     """Peak of a GPU's allocator; None on the CPU, whose peak is the process's."""
     conditions: dict[str, Any]
     notes: tuple[str, ...]
+    kv_cache_bytes: int | None = None
+    """Of what the last sequence left in the cache; None for a model that keeps none, or where it cannot be seen."""
 
 
 class Memory(_Record):

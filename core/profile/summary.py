@@ -8,6 +8,7 @@ all are used and the run is flagged. No sample is ever dropped from the frame.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,7 @@ def summarise(measured: Measured, runtime: str, settings: ProfileSettings) -> Re
     frame["clock_mhz"] = frame["clock_mhz"].astype(float)
     used = {phase: _used(frame, phase, protocol) for phase in measured.phases}
     metrics = [*_speeds(used, protocol, measured), *_cold(frame), *_memory(measured)]
+    metrics = [replace(metric, name=metric.name + settings.suffix) for metric in metrics]
     view = View(
         "scatter",
         x="iteration",
@@ -126,6 +128,7 @@ def _memory(measured: Measured) -> Iterator[Metric]:
         "inference_peak_memory_bytes": memory.inference_peak_bytes,
         "baseline_memory_bytes": memory.baseline_bytes,
         "weights_memory_bytes": facts.weights_memory_bytes,
+        "kv_cache_bytes": facts.kv_cache_bytes,
     }
     for name, value in values.items():
         if value is not None:

@@ -51,6 +51,11 @@ class ProfileSettings(Settings):
         """Where it runs; runtimes that offer a choice override this."""
         return "cpu"
 
+    @property
+    def suffix(self) -> str:
+        """What the numbers' names end in where they are of something else than the model as it is; mostly nothing."""
+        return ""
+
     def protocol(self) -> protocol.Protocol:
         """The protocol that these settings ask for."""
         return protocol.Protocol(

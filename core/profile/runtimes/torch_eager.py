@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from core.errors import CannotMeasure, CannotOpen
 from core.lazy import torch, transformers
 from core.models.fp32_path import Fp32Path, Fp32Setting, choose_path, fast_fp32
+from core.models.kv_cache import KvCache, new_cache
 from core.profile.measured import Facts
 from core.profile.runtimes._base import Clock, Prepared, ProfileSettings, WallClock
 from core.profile.session import profile_artifact
@@ -36,6 +37,11 @@ class TorchEagerSettings(ProfileSettings):
     dtype: Literal["stored", "float32", "bfloat16"] = Field(
         "stored", description="Number format to compute in; stored takes the one the artifact names"
     )
+    kv_cache: KvCache = Field(
+        "model",
+        description="What keys and values are kept in; model: the dtype it computes in. Other choices give numbers of "
+        "their own names, e.g. decode_tokens_per_s_kv_int8",
+    )
     fp32_path: Fp32Setting = Field(
         "auto",
         description="float32 kernels on the CPU: auto takes oneDNN where a parity check finds it equal to 1e-4, "
@@ -46,6 +52,11 @@ class TorchEagerSettings(ProfileSettings):
     def device_name(self) -> str:
         """``cpu`` or ``cuda``."""
         return self.device
+
+    @property
+    def suffix(self) -> str:
+        """Names the KV cache where it is not the model's own."""
+        return "" if self.kv_cache == "model" else f"_kv_{self.kv_cache}"
 
 
 @method("profile", title="PyTorch, eager", needs=())
@@ -111,6 +122,8 @@ class TorchEager:
                 f"{architecture} is more than one model; only decoders and encoders are measured"
             )
         self._generates = "CausalLM" in architecture or architecture.endswith("LMHeadModel")
+        if self._settings.kv_cache != "model" and not self._generates:
+            raise CannotMeasure(f"{architecture} keeps no keys and values; set kv_cache=model")
         self._names_pictures = architecture.endswith("ForImageClassification")
         if self._is_float32():
             choose_path(self._settings.fp32_path)  # its parity check is not load time either
@@ -152,6 +165,7 @@ class TorchEager:
             elif not self._generates:
                 self._model(input_ids=tensor, attention_mask=torch.ones_like(tensor))
             else:
+                self._cache = new_cache(self._model, self._settings.kv_cache)
                 self._advance(tensor)
 
     def decode(self) -> None:
@@ -180,7 +194,9 @@ class TorchEager:
             attention_kernel=str(self._model.config._attn_implementation),
             weights_memory_bytes=sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values()),
             device_peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
+            kv_cache_bytes=self._cache_bytes(),
             conditions={
+                "kv_cache": self._settings.kv_cache,
                 "fp32_path": self._fp32.name
                 if self._fp32
                 else f"unused ({dtype} on {self._settings.device})",
@@ -195,6 +211,14 @@ class TorchEager:
         output = self._model(input_ids=ids_BP, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._cache = output.past_key_values
         self._token = output.logits[:, -1:].argmax(-1)
+
+    def _cache_bytes(self) -> int | None:
+        """Bytes of the cache as it lies in memory; None where a layer keeps something else than keys and values."""
+        layers = getattr(self._cache, "layers", [])
+        kept: list[Any] = [getattr(layer, part, None) for layer in layers for part in ("keys", "values")]
+        if not kept or any(tensor is None for tensor in kept):
+            return None
+        return sum(int(tensor.nbytes) for tensor in kept)
 
     def _is_float32(self) -> bool:
         """Whether CPU float32 kernels will be used, so that their path matters."""
