@@ -1,0 +1,167 @@
+"""Which weights share a format, the formats by name, and what each takes in the file.
+
+q, k and v read one activation and share a choice, so do gate and up, and all experts of a layer; a tied pair is one
+tensor. Norms, biases, routers and position tables are in no group: they stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from core.compress._grid import rounded
+from core.compress._layout import file_entries
+from core.compress._targets import Target, targets
+from core.errors import BadInput, CannotCompress
+from core.lazy import torch
+from core.models.anatomy import Anatomy
+from core.models.loaded import LoadedModel
+from core.numerics.packed import PackedTensor
+from core.numerics.schemes import FloatScheme, IntegerScheme
+from core.numerics.sizes import DTYPE_NAMES, Entry, entries_of, file_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = Literal["dense", "experts", "table"]
+Format = IntegerScheme | FloatScheme | None
+"""What a group is stored as; None: as it is."""
+KEEP = "keep"
+FLOATS = {"float8": FloatScheme("float8_e4m3fn"), "bfloat16": FloatScheme("bfloat16")}
+_INTEGER = re.compile(r"int(?P<bits>[2-8])(?:g(?P<group>32|64|128))?(?P<affine>a?)")
+EXAMPLES = "int2g32, int4g32, int4g32a (with zero points), int8 (a scale per row), float8, bfloat16, keep"
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Weights that get one format together."""
+
+    name: str
+    """``3.qkv``: layer and part; outside the blocks ``embedding`` and ``head``."""
+    layer: int | None
+    part: str
+    kind: Kind
+    targets: tuple[Target, ...]
+
+
+def weight_groups(loaded: LoadedModel) -> tuple[WeightGroup, ...]:
+    """Every group of the model, in its own order. Raises ``CannotCompress`` where there is none."""
+    found: dict[str, list[Target]] = {}
+    for target in targets(loaded):
+        part = part_of_block(loaded.anatomy, target)
+        if part is not None:
+            found.setdefault(part if target.layer is None else f"{target.layer}.{part}", []).append(target)
+    if not found:
+        raise CannotCompress(f"{loaded.anatomy.architecture} has no weight that could be stored otherwise")
+    return tuple(
+        WeightGroup(name, of[0].layer, name.rpartition(".")[2], _kind(of[0]), tuple(of))
+        for name, of in found.items()
+    )
+
+
+def part_of_block(anatomy: Anatomy, target: Target) -> str | None:
+    """The part a weight shares its format with: qkv, o, gate_up, up, down, experts …; None for what stays as it is."""
+    if target.layout == "none":
+        return None
+    if target.module in (anatomy.embedding, anatomy.unembedding):
+        return "embedding" if target.module == anatomy.embedding else "head"
+    if target.layout == "embedding" or target.layer is None:
+        return None
+    block = anatomy.blocks[target.layer]
+    if target.module in (block.o, block.down):
+        return "o" if target.module == block.o else "down"
+    if target.component == "attention":
+        return "qkv"
+    if target.component == "mlp":
+        return "gate_up" if block.gate else "up"
+    return str(target.component)
+
+
+def _kind(target: Target) -> Kind:
+    if target.layout == "experts":
+        return "experts"
+    return "table" if target.layout == "embedding" else "dense"
+
+
+def read_format(text: str) -> Format:
+    """A format by its short name. Raises ``BadInput`` listing the names there are."""
+    name = text.strip().lower()
+    if name == KEEP:
+        return None
+    if name in FLOATS:
+        return FLOATS[name]
+    found = _INTEGER.fullmatch(name)
+    if found is None:
+        raise BadInput(f"format {text.strip()!r} is not known; write e.g. {EXAMPLES}")
+    group = found["group"]
+    return IntegerScheme(int(found["bits"]), None if group is None else int(group), not found["affine"])
+
+
+def read_formats(text: str) -> dict[str, Format]:
+    """A list of formats by name, e.g. ``int4g32, float8``; raises ``BadInput`` for an unknown one or none."""
+    names = [part.strip().lower() for part in re.split(r"[,\s]+", text.strip()) if part]
+    if not names:
+        raise BadInput(f"no format is given; write e.g. {EXAMPLES}")
+    return {name: read_format(name) for name in names}
+
+
+def fits(group: WeightGroup, format_: Format, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a group can take a format at all: its rows divide into groups, experts have no zero points."""
+    if not isinstance(format_, IntegerScheme):
+        return True
+    if group.kind == "experts" and not format_.symmetric:
+        return False
+    size = format_.group_size
+    return size is None or all(shapes[target.name][-1] % size == 0 for target in group.targets)
+
+
+def in_format(target: Target, weight: Tensor, format_: Format) -> PackedTensor | None:
+    """A weight rounded to nearest in a format; None where it is kept."""
+    return None if format_ is None else rounded(target, weight, format_)
+
+
+class FileSizes:
+    """Bytes of groups in the file: values, scales, zero points and their lines in the header."""
+
+    def __init__(self, loaded: LoadedModel, groups: Sequence[WeightGroup]) -> None:
+        self._pieces = {target.name: _pieces(loaded, target) for group in groups for target in group.targets}
+        self._kept = file_entries(loaded)
+        self.fixed = file_bytes(self._kept) - sum(
+            self.of(target, None) for group in groups for target in group.targets
+        )
+        """All that is in no group, and the header's own."""
+
+    def of(self, target: Target, packed: PackedTensor | None) -> int:
+        """Of one weight, kept or packed."""
+        pieces = self._pieces[target.name]
+        if packed is None:
+            return sum(_with_header(name, self._kept[name]) for name in pieces)
+        scale = "F16" if packed.scale is None else DTYPE_NAMES[str(packed.scale.dtype).removeprefix("torch.")]
+        total = 0
+        for name, shape in pieces.items():
+            *lead, rows, columns = shape
+            entries = entries_of(rows, columns, packed.scheme, scale_dtype=scale)
+            module = name.removesuffix(".weight")
+            total += sum(
+                _with_header(f"{module}.{part}", Entry(entry.dtype, (*lead, *entry.shape)))
+                for part, entry in entries.items()
+            )
+        return total
+
+
+def _pieces(loaded: LoadedModel, target: Target) -> dict[str, tuple[int, ...]]:
+    """The tensors that a weight becomes in the file, by name: a fused expert weight becomes many."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    empty = torch.empty_like(loaded.model.get_parameter(target.name), device="meta")
+    found = revert_weight_conversion(loaded.model, {target.name: empty})
+    return {name: tuple(tensor.shape) for name, tensor in found.items()}
+
+
+def _with_header(name: str, entry: Entry) -> int:
+    """A tensor's bytes with its line in the header, whose offsets have nine digits or nearly."""
+    place = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (10**8, 10**8)}
+    return entry.nbytes + len(json.dumps({name: place}, separators=(",", ":"))) - 1
