@@ -14,7 +14,7 @@ from core.models.anatomy import Anatomy, Block
 from core.models.checkpoint import weight_files
 from core.models.loaded import LoadedModel
 from core.models.pace import Pace
-from core.numerics.schemes import FloatScheme, IntegerScheme, Scheme
+from core.numerics.schemes import FloatScheme, IntegerScheme
 from core.numerics.sizes import DTYPE_NAMES, Entry, bits_per_weight, entries_of, file_bytes
 from core.registry import Need
 from core.types import Family
@@ -22,7 +22,7 @@ from core.types import Family
 Component = Literal[
     "embedding", "attention", "mlp", "router", "experts", "shared_expert", "norm", "head", "other"
 ]
-FORMATS: dict[str, Scheme | None] = {
+FORMATS: dict[str, IntegerScheme | FloatScheme | None] = {
     "float32": None,
     "bfloat16": FloatScheme("bfloat16"),
     "float16": FloatScheme("float16"),
@@ -236,7 +236,9 @@ def predicted_bytes(loaded: LoadedModel) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"bytes": "Int64", "bits_per_weight": "Float64"})
 
 
-def _predicted_row(loaded: LoadedModel, name: str, scheme: Scheme | None, outer: str) -> dict[str, Any]:
+def _predicted_row(
+    loaded: LoadedModel, name: str, scheme: IntegerScheme | FloatScheme | None, outer: str
+) -> dict[str, Any]:
     entries: dict[str, Entry] = {}
     parameters = 0
     row: dict[str, Any] = {

@@ -36,8 +36,10 @@ def quantize(
     *lead, columns = weight_RC.shape
     groups_RGK = weight_RC.float().reshape(*lead, scheme.groups(columns), -1)
     lowest_RG, highest_RG = groups_RGK.aminmax(dim=-1)
+    if scheme.whole:
+        lowest_RG, highest_RG = lowest_RG.amin(-2, keepdim=True), highest_RG.amax(-2, keepdim=True)
     scale_RG = _scale(lowest_RG, highest_RG, scheme)
-    scale_RG = _stored(scale_RG, scale_dtype or storable_dtype(scale_RG, bits=scheme.bits))
+    scale_RG = stored_scale(scale_RG, scale_dtype or storable_dtype(scale_RG, bits=scheme.bits))
     low, high = code_range(scheme.bits)
     scaled_RGK = groups_RGK / scale_RG.float().unsqueeze(-1)
     zero_RG = None
@@ -62,7 +64,7 @@ def storable_dtype(scale_RG: Tensor, *, bits: int) -> torch.dtype:
     return torch.float16 if fits else torch.float32
 
 
-def _stored(scale_RG: Tensor, dtype: torch.dtype) -> Tensor:
+def stored_scale(scale_RG: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales in the dtype they are stored in; one too small for it becomes its smallest number, never 0."""
     limits = torch.finfo(dtype)
     return scale_RG.clamp(min=limits.smallest_normal * limits.eps).to(dtype)

@@ -10,52 +10,102 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from core.lazy import torch
+from core.numerics.minifloat import E2M1
+from core.numerics.narrow import decode, grouped, pack_codes
 from core.numerics.packing import pack
-from core.numerics.schemes import FloatScheme, IntegerScheme, Scheme
+from core.numerics.schemes import (
+    BLOCK_COLUMNS,
+    BLOCK_ROWS,
+    FloatScheme,
+    MxScheme,
+    Nvfp4Scheme,
+    Scheme,
+)
 from core.numerics.sizes import DTYPE_NAMES, Entry, entries_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+E8M0_BIAS = 127
+
 
 @dataclass(frozen=True, eq=False)
 class PackedTensor:
-    """A weight as codes and scales (integer grid) or as narrow floats.
+    """A weight as codes and scales, or as narrow floats.
 
     Legend: ``R`` leading axes, ``C`` columns, ``G`` groups of a row.
     """
 
     codes: Tensor
-    """[R, C]: signed int8 codes, or the narrow floats themselves."""
+    """[R, C]: signed int8 codes of an integer grid; float8 and 16-bit floats themselves; uint8 codes of narrower floats."""
     scale: Tensor | None
-    """[R, G] in the dtype they are stored in; for floats None, or [R, 1]."""
+    """[R, G] in the dtype they are stored in, uint8 exponents (E8M0) for MX; [.., 1, 1] for one of the whole matrix;
+    [.., R / 128, C / 128] for blocks; for unscaled floats None."""
     zero_point: Tensor | None
     """[R, G] int8, on the same signed range as the codes; None when symmetric or float."""
     scheme: Scheme
+    global_scale: Tensor | None = None
+    """NVFP4: what the block scales were multiplied by before they were stored, [.., 1, 1] float32."""
 
     def dequantize(self) -> Tensor:
-        """The weight [R, C], in the scale's dtype: compressed-tensors multiplies there, and so must we."""
+        """The weight [R, C], rounded as its loader rounds.
+
+        compressed-tensors multiplies integer codes in the scale's dtype, float8 in float32, and gives packed floats in
+        bfloat16, which holds every product of an MX element and its scale.
+        """
         if self.scale is None:
             return self.codes
-        if isinstance(self.scheme, FloatScheme):
-            return self.codes.float() * self.scale.float()
-        groups_RGK = self.codes.reshape(*self.scale.shape, -1).to(self.scale.dtype)
+        match self.scheme:
+            case FloatScheme():
+                return self.codes.float() * self.spread_scale()
+            case MxScheme():
+                scale_RG = torch.exp2(self.scale.float() - E8M0_BIAS)
+                wide = (
+                    self.codes.float() if self.scheme.bits == 8 else decode(self.codes, self.scheme.minifloat)
+                )
+                return _times(wide, scale_RG).bfloat16()
+            case Nvfp4Scheme():
+                assert self.global_scale is not None
+                scale_RG = self.scale.float() / self.global_scale
+                return _times(decode(self.codes, E2M1), scale_RG).bfloat16()
+        groups_RGK = grouped(self.codes, self.scale.shape[-1]).to(self.scale.dtype)
         if self.zero_point is not None:
             groups_RGK -= self.zero_point.unsqueeze(-1)
         return groups_RGK.mul_(self.scale.unsqueeze(-1)).flatten(-2)
 
+    def spread_scale(self) -> Tensor:
+        """A float8's scale in float32, in a shape that multiplies the codes."""
+        assert self.scale is not None
+        scale = self.scale.float()
+        if not (isinstance(self.scheme, FloatScheme) and self.scheme.scale == "block"):
+            return scale
+        rows, columns = self.codes.shape[-2:]
+        wide = scale.repeat_interleave(BLOCK_ROWS, -2).repeat_interleave(BLOCK_COLUMNS, -1)
+        return wide[..., :rows, :columns]
+
     def stored(self) -> dict[str, Tensor]:
         """The tensors a file holds for this 2-D weight, by compressed-tensors' names.
 
-        Zero points are packed down the rows, not along them.
+        Zero points are packed down the rows, not along them; one scale of a whole matrix is a vector of one.
         """
-        if not isinstance(self.scheme, IntegerScheme):
-            scales = {} if self.scale is None else {"weight_scale": self.scale}
-            return {"weight": self.codes, **scales}
-        assert self.scale is not None
+        if self.scale is None:
+            return {"weight": self.codes}
+        whole = getattr(self.scheme, "whole", False) or getattr(self.scheme, "scale", "") == "tensor"
+        scale = {"weight_scale": self.scale.reshape(1) if whole else self.scale}
+        match self.scheme:
+            case FloatScheme():
+                return {"weight": self.codes, **scale}
+            case MxScheme():
+                if self.scheme.bits == 8:
+                    return {"weight": self.codes, **scale}
+                return {"weight_packed": pack_codes(self.codes, self.scheme.bits), **scale}
+            case Nvfp4Scheme():
+                assert self.global_scale is not None
+                packed = {"weight_packed": pack_codes(self.codes, 4)}
+                return {**packed, **scale, "weight_global_scale": self.global_scale.reshape(1)}
         parts = {
             "weight_packed": pack(self.codes, self.scheme.bits),
-            "weight_scale": self.scale,
+            **scale,
             "weight_shape": torch.tensor(self.codes.shape),
         }
         if self.zero_point is not None:
@@ -65,11 +115,11 @@ class PackedTensor:
     def entries(self) -> dict[str, Entry]:
         """The same for each 2-D weight of it by formula: dtypes and shapes, without packing anything."""
         rows, columns = self.codes.shape[-2:]
-        scale = "F16" if self.scale is None else DTYPE_NAMES[str(self.scale.dtype).removeprefix("torch.")]
-        scales = {}
-        if isinstance(self.scheme, FloatScheme) and self.scale is not None:
-            scales = {"weight_scale": Entry(scale, (rows, 1))}
-        return {**entries_of(rows, columns, self.scheme, scale_dtype=scale), **scales}
+        dtype = None if self.scale is None else DTYPE_NAMES[str(self.scale.dtype).removeprefix("torch.")]
+        entries = entries_of(rows, columns, self.scheme, scale_dtype=dtype or "F16")
+        if dtype is not None and "weight_scale" not in entries:  # a float8 that was given one scale a row
+            entries["weight_scale"] = Entry(dtype, (rows, 1))
+        return entries
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -80,6 +130,10 @@ class PackedTensor:
     def stored_bytes(self) -> int:
         """Bytes of all its weights in a file, header not counted."""
         return math.prod(self.codes.shape[:-2]) * sum(entry.nbytes for entry in self.entries().values())
+
+
+def _times(values_RC: Tensor, scale_RG: Tensor) -> Tensor:
+    return (grouped(values_RC, scale_RG.shape[-1]) * scale_RG.unsqueeze(-1)).flatten(-2)
 
 
 @dataclass(frozen=True, eq=False)
