@@ -24,6 +24,7 @@ from core.journal import Journal
 from core.recipe import Recipe
 from core.recording import record
 from core.registry import Method, get
+from core.scratch import variant_scratch
 from core.types import Dtype, Family, ModelRef, Progress, Run, Variant, part_of, silent
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def make_variant(
 ) -> Made:
     """Compress ``model`` by ``recipe``, save, prove the reload, and enter the variant; a proven one is reused.
 
+    Steps that keep finished work go on from where an earlier call was stopped, whoever made it (``core.scratch``).
     Raises ``CannotCompress`` where the recipe does not apply, ``ProofFailed`` where the files do not reload.
     """
     from core.compress._pipeline import compress, takes_reference
@@ -142,9 +144,11 @@ def make_variant(
     started = datetime.now(UTC)
     incoming = catalog.artifacts.incoming()
     try:
-        made = compress(
-            loaded, recipe, documents, incoming / "files", part_of(progress, 0.15, 0.95), reference=reference
-        )
+        with variant_scratch(catalog.folder / "scratch", id_) as scratch:
+            made = compress(
+                loaded, recipe, documents, incoming / "files", part_of(progress, 0.15, 0.95), reference=reference,
+                scratch=scratch,
+            )  # fmt: skip
         artifact = catalog.put_artifact(incoming / "files")
     finally:
         shutil.rmtree(incoming, ignore_errors=True)

@@ -38,6 +38,9 @@ Question = Literal[
     "What if it routed otherwise?",
 ]
 """What a reader of a model asks; every probe says which one it answers, and the page opens on them."""
+Group = Literal["quantize", "prune", "experts", "transform", "convert"]
+"""What kind of compress step it is: fewer bits, fewer weights, other experts, the same function in other numbers, another
+architecture."""
 PACKAGES: dict[Kind, str] = {
     "probe": "core.probes",
     "train": "core.train",
@@ -95,11 +98,18 @@ class Method:
     """None: about one forward pass."""
     left: LeftOf | None = None
     """Compress: what a step that changes the structure leaves. None where it stores weights otherwise, or says nothing."""
+    group: Group | None = None
+    """Compress: among which steps it is offered. None where its needs and settings say it."""
 
     @property
     def takes_reference(self) -> bool:
         """Whether it looks at two models at once: ``run(loaded, reference, prompt, progress, settings)``."""
         return "reference" in inspect.signature(self.run).parameters
+
+    @property
+    def takes_scratch(self) -> bool:
+        """Compress: whether it keeps finished work: ``run(loaded, calibration, progress, scratch, settings)``."""
+        return "scratch" in inspect.signature(self.run).parameters
 
     def parse(self, values: dict[str, Any]) -> Settings:
         """Validate settings; raises ``BadSettings`` naming each wrong field, its value and what is allowed."""
@@ -152,6 +162,7 @@ def method(
     examples: Iterable[Example] = (),
     cost: CostOf | None = None,
     left: LeftOf | None = None,
+    group: Group | None = None,
 ) -> Callable[[F], F]:
     """Register the decorated function under its file's name; its last parameter is ``settings``.
 
@@ -191,6 +202,7 @@ def method(
             tuple(examples),
             cost,
             left,
+            group,
         )
         return run
 

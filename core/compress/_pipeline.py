@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from core.compress._description import settle
 from core.compress._proof import Proof, expect, prove
 from core.compress._report import headline
 from core.compress._store import SavedFiles, add_to_provenance, save_variant
@@ -42,11 +43,13 @@ def compress(
     progress: Progress,
     *,
     reference: LoadedModel | None = None,
+    scratch: Path | None = None,
 ) -> Compressed:
     """Apply a recipe to ``loaded`` (which is changed), write it to ``folder`` and prove the reload.
 
     ``reference`` is the model that a step may bring this one back towards; without it, what ``loaded`` was opened from.
-    Raises ``BadInput`` or ``CannotCompress`` where a step does not apply, ``ProofFailed`` (after removing ``folder``)
+    Steps keep finished work in ``scratch``, and the next call with the same recipe goes on from there; removing it is the
+    caller's matter. Raises ``BadInput`` or ``CannotCompress`` where a step does not apply, ``ProofFailed`` (after removing ``folder``)
     where the files do not reload to the model that was saved.
     """
     share = 0.5 / len(recipe.steps)
@@ -54,9 +57,13 @@ def compress(
         reference = open_model(replace(loaded.ref, source=str(loaded.folder), revision=None))
     with loaded.lock, torch.inference_mode():
         results = [
-            _step(loaded, step, calibration, reference, part_of(progress, index * share, (index + 1) * share))
+            _step(
+                loaded, step, calibration, reference, part_of(progress, index * share, (index + 1) * share),
+                None if scratch is None else scratch / f"step_{index}",
+            )
             for index, step in enumerate(recipe.steps)
-        ]
+        ]  # fmt: skip
+        settle(loaded)
         frame = _whole_recipe([result.frame for result in results])
         progress(0.5, 1.0, "running the probe before saving")
         expected = expect(loaded)
@@ -90,11 +97,13 @@ def _step(
     calibration: Documents | None,
     reference: LoadedModel | None,
     progress: Progress,
+    scratch: Path | None,
 ) -> Result:
     chosen = get("compress", step.method)
     chosen.refuse_if(loaded.missing_needs(chosen.needs), str(loaded.ref))
     models = (loaded, reference) if chosen.takes_reference else (loaded,)
-    result: Result = chosen.run(*models, calibration, progress, step.parsed())
+    kept = (scratch,) if chosen.takes_scratch else ()
+    result: Result = chosen.run(*models, calibration, progress, *kept, step.parsed())
     return result
 
 

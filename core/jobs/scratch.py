@@ -12,6 +12,7 @@ from core.catalog.records import now
 from core.catalog.store import Catalog
 from core.catalog.tables import JobRow
 from core.jobs.states import ENDED
+from core.scratch import sweep_variants
 
 KEPT_DAYS = 7
 
@@ -22,7 +23,8 @@ def scratch_folder(catalog: Catalog, job_id: str) -> Path:
 
 
 def sweep(catalog: Catalog) -> list[Path]:
-    """Remove what no attempt will take up: scratch of jobs that ended a week ago, and half-written artifacts."""
+    """Remove what no attempt will take up: scratch of jobs that ended, and of variants left unfinished, a week ago, and
+    half-written artifacts."""
     long_ago = now() - timedelta(days=KEPT_DAYS)
     query = select(JobRow.id).where(JobRow.state.in_(ENDED), JobRow.ended_at < long_ago)
     with catalog.read() as session:
@@ -30,4 +32,4 @@ def sweep(catalog: Catalog) -> list[Path]:
     removed = [path for id_ in ended if (path := scratch_folder(catalog, id_)).exists()]
     for path in removed:
         shutil.rmtree(path, ignore_errors=True)
-    return removed + catalog.artifacts.sweep()
+    return removed + sweep_variants(catalog.folder / "scratch") + catalog.artifacts.sweep()
