@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +61,17 @@ class Menu:
         """Bytes of the smallest model."""
         smallest_G = np.where(self.allowed_GC, self.bytes_GC, np.iinfo(np.int64).max).min(1)
         return int(smallest_G.sum()) + self.fixed_bytes
+
+    def offers(self, group: str, choice: str) -> bool:
+        """Whether a group can take a choice."""
+        return bool(self.allowed_GC[self.groups.index(group), self.choices.index(choice)])
+
+    def only(self, mask_GC: NDArray[np.bool_]) -> Menu | None:
+        """The menu with only these cells; None where a group would be left with nothing."""
+        allowed_GC = self.allowed_GC & mask_GC
+        if not allowed_GC.any(1).all():
+            return None
+        return replace(self, loss_GC=np.where(allowed_GC, self.loss_GC, np.nan))
 
     def pinned(self, pins: Mapping[str, str]) -> Menu:
         """The menu with these groups' choices made. Raises ``BadInput`` for a group or choice that is not on it."""
@@ -130,7 +142,7 @@ def frontier(menu: Menu, *, pins: Mapping[str, str] | None = None) -> Frontier:
         hull = _hull(menu, row)
         nbytes += hull[0][0]
         loss += hull[0][1]
-        for (less, worse), (more, better) in zip(hull, hull[1:], strict=False):
+        for (less, worse), (more, better) in pairwise(hull):
             steps.append(((better - worse) / (more - less), more - less, better - worse))
     steps.sort()
     bytes_N = nbytes + np.cumsum([0, *(step[1] for step in steps)])

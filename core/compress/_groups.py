@@ -1,4 +1,4 @@
-"""Which weights share a format, the formats by name, and what each takes in the file.
+"""Which weights share a format, and what each takes in the file.
 
 q, k and v read one activation and share a choice, so do gate and up, and all experts of a layer; a tied pair is one
 tensor. Norms, biases, routers and position tables are in no group: they stay as they are.
@@ -7,32 +7,26 @@ tensor. Norms, biases, routers and position tables are in no group: they stay as
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from core.compress._formats import Format
 from core.compress._grid import rounded
 from core.compress._layout import file_entries
 from core.compress._targets import Target, targets
-from core.errors import BadInput, CannotCompress
+from core.errors import CannotCompress
 from core.lazy import torch
 from core.models.anatomy import Anatomy
 from core.models.loaded import LoadedModel
 from core.numerics.packed import PackedTensor
-from core.numerics.schemes import FloatScheme, IntegerScheme
+from core.numerics.schemes import IntegerScheme
 from core.numerics.sizes import DTYPE_NAMES, Entry, entries_of, file_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Kind = Literal["dense", "experts", "table"]
-Format = IntegerScheme | FloatScheme | None
-"""What a group is stored as; None: as it is."""
-KEEP = "keep"
-FLOATS = {"float8": FloatScheme("float8_e4m3fn"), "bfloat16": FloatScheme("bfloat16")}
-_INTEGER = re.compile(r"int(?P<bits>[2-8])(?:g(?P<group>32|64|128))?(?P<affine>a?)")
-EXAMPLES = "int2g32, int4g32, int4g32a (with zero points), int8 (a scale per row), float8, bfloat16, keep"
 
 
 @dataclass(frozen=True)
@@ -84,28 +78,6 @@ def _kind(target: Target) -> Kind:
     if target.layout == "experts":
         return "experts"
     return "table" if target.layout == "embedding" else "dense"
-
-
-def read_format(text: str) -> Format:
-    """A format by its short name. Raises ``BadInput`` listing the names there are."""
-    name = text.strip().lower()
-    if name == KEEP:
-        return None
-    if name in FLOATS:
-        return FLOATS[name]
-    found = _INTEGER.fullmatch(name)
-    if found is None:
-        raise BadInput(f"format {text.strip()!r} is not known; write e.g. {EXAMPLES}")
-    group = found["group"]
-    return IntegerScheme(int(found["bits"]), None if group is None else int(group), not found["affine"])
-
-
-def read_formats(text: str) -> dict[str, Format]:
-    """A list of formats by name, e.g. ``int4g32, float8``; raises ``BadInput`` for an unknown one or none."""
-    names = [part.strip().lower() for part in re.split(r"[,\s]+", text.strip()) if part]
-    if not names:
-        raise BadInput(f"no format is given; write e.g. {EXAMPLES}")
-    return {name: read_format(name) for name in names}
 
 
 def fits(group: WeightGroup, format_: Format, shapes: Mapping[str, tuple[int, ...]]) -> bool:

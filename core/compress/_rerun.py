@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from core.capture import capture_residual
 from core.errors import BadInput, CannotMeasure
+from core.evaluate._intervals import Bootstrap
 from core.evaluate._token_scores import compare_logits
 from core.lazy import torch
 from core.types import Documents
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 FEWEST = 2
+DRAWS = 1000
 AT_ONCE = 2048
 """Tokens that run together: more are no faster on a processor."""
 
@@ -57,31 +59,38 @@ def equal_windows(loaded: LoadedModel, documents: Documents, *, samples: int, sa
     return torch.tensor(rows, device=loaded.model.device)
 
 
+def output_of(loaded: LoadedModel, ids_BP: Tensor) -> Tensor:
+    """Logits [B, P, V] of a decoder; unit sentence vectors [B, D] of an encoder."""
+    if loaded.family == "decoder":
+        logits: Tensor = loaded.model(input_ids=ids_BP, use_cache=False).logits
+        return logits
+    mask_BP = torch.ones_like(ids_BP)
+    tokens_BPD = loaded.model.base_model(input_ids=ids_BP, attention_mask=mask_BP).last_hidden_state
+    pooled_BD = tokens_BPD[:, 0] if loaded.pooling == "cls" else tokens_BPD.mean(1)
+    return torch.nn.functional.normalize(pooled_BD.float(), dim=-1)
+
+
 class Reruns:
     """The whole run of some windows, and reruns from any block, compared with it. Hold the model's lock throughout."""
 
     def __init__(self, loaded: LoadedModel, ids_WP: Tensor) -> None:
         self._loaded = loaded
         size = max(1, AT_ONCE // ids_WP.shape[1])
-        self._batches = ids_WP.split(size)
+        self._batches = torch.split(ids_WP, size)
         self._residuals: list[list[Tensor]] = []
         """Per batch, what enters each block and what leaves the last."""
         self._outputs: list[Tensor] = []
+        self._bootstrap = Bootstrap(len(ids_WP), draws=DRAWS, seed=0, unit="windows of different documents")
         self._tuples = _returns_tuple(loaded)
         for ids_BP in self._batches:
             with torch.inference_mode(), capture_residual(loaded) as residual:
-                self._outputs.append(self._run(ids_BP))
+                self._outputs.append(output_of(loaded, ids_BP))
             self._residuals.append(list(residual.values()))
 
-    @property
-    def n_windows(self) -> int:
-        """Windows, each of another document."""
-        return sum(len(batch) for batch in self._batches)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of all windows."""
-        return sum(batch.numel() for batch in self._batches)
+    def summed_up(self, loss_W: Floats) -> dict[str, float | None]:
+        """The mean ``loss`` over windows with its 95 % interval ``loss_low`` to ``loss_high``, None below eight windows."""
+        found = self._bootstrap.ratio(loss_W, np.ones_like(loss_W))
+        return {"loss": float(loss_W.mean()), "loss_low": found.low, "loss_high": found.high}
 
     def loss_W(self, layer: int) -> Floats:
         """Mean loss per window against the whole run, of the model as it is now, begun at block ``layer``.
@@ -98,23 +107,12 @@ class Reruns:
         found = []
         for ids_BP, residuals, before in zip(self._batches, self._residuals, self._outputs, strict=True):
             with torch.inference_mode(), self._begun_at(layer, residuals, left_out):
-                after = self._run(ids_BP)
+                after = output_of(self._loaded, ids_BP)
             found.append(self._compared(before, after))
         loss_W = np.concatenate(found)
         if not np.isfinite(loss_W).all():
             raise CannotMeasure("the changed model's output is not finite; open the model in float32")
         return loss_W
-
-    def _run(self, ids_BP: Tensor) -> Tensor:
-        """Logits [B, P, V] of a decoder; unit sentence vectors [B, D] of an encoder."""
-        loaded = self._loaded
-        if loaded.family == "decoder":
-            logits: Tensor = loaded.model(input_ids=ids_BP, use_cache=False).logits
-            return logits
-        mask_BP = torch.ones_like(ids_BP)
-        tokens_BPD = loaded.model.base_model(input_ids=ids_BP, attention_mask=mask_BP).last_hidden_state
-        pooled_BD = tokens_BPD[:, 0] if loaded.pooling == "cls" else tokens_BPD.mean(1)
-        return torch.nn.functional.normalize(pooled_BD.float(), dim=-1)
 
     def _compared(self, before: Tensor, after: Tensor) -> Floats:
         if self._loaded.family != "decoder":
@@ -124,7 +122,7 @@ class Reruns:
         n_windows, n_positions, _ = before.shape
         targets_N = torch.zeros(n_windows * n_positions, dtype=torch.long, device=before.device)
         scores = compare_logits(before.flatten(0, 1), after.flatten(0, 1), targets_N)
-        return scores.kl.reshape(n_windows, n_positions).mean(1)
+        return np.asarray(scores.kl.reshape(n_windows, n_positions).mean(1))
 
     @contextmanager
     def _begun_at(self, layer: int, residuals: Sequence[Tensor], left_out: Sequence[int]) -> Iterator[None]:

@@ -110,8 +110,8 @@ def descend(
     parameters = router_parameters(variant)
     generator = torch.Generator().manual_seed(seed)
     measured = {round(steps * (index + 1) / checks) for index in range(checks)}
-    with torch.inference_mode(False), _trainable(parameters):
-        _leave_inference_mode(variant)
+    with torch.inference_mode(False), trainable(parameters):
+        leave_inference_mode(variant)
         exact = {name: p.detach().float().clone() for name, p in parameters.items()}
         rates = [learning_rate * float(weight.square().mean().sqrt()) for weight in exact.values()]
         optimizer = torch.optim.Adam(
@@ -184,7 +184,7 @@ def _endless(
             n -= 1
 
 
-def _leave_inference_mode(loaded: LoadedModel) -> None:
+def leave_inference_mode(loaded: LoadedModel) -> None:
     """Copy weights that an earlier step made in inference mode: autograd refuses to pass through them."""
     for tensor in (*loaded.model.parameters(), *loaded.model.buffers()):
         if tensor.is_inference():
@@ -192,7 +192,7 @@ def _leave_inference_mode(loaded: LoadedModel) -> None:
 
 
 @contextmanager
-def _trainable(parameters: Mapping[str, Any]) -> Iterator[None]:
+def trainable(parameters: Mapping[str, Any]) -> Iterator[None]:
     """Gradients for these parameters alone, and none afterwards, however the block ends."""
     for parameter in parameters.values():
         parameter.requires_grad_(True)

@@ -8,7 +8,7 @@
   is what the diagonal needs.
 * first order: Σ g · ΔW with g of the surprisal of the true next token: which way that number moves, in nats.
 
-Only decoders have the scores: an encoder has no distribution to draw labels from.
+An encoder has no labels; its sentence vector e is derived along random directions instead, which gives ‖Δe‖² the same way.
 
 Legend: W windows, P positions, V vocabulary.
 """
@@ -16,17 +16,17 @@ Legend: W windows, P positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from core.compress._groups import FileSizes, Format, WeightGroup, fits, in_format
-from core.compress._rerun import Floats, Reruns
-from core.errors import CannotMeasure
-from core.evaluate._intervals import Bootstrap
+from core.compress._formats import Format
+from core.compress._groups import FileSizes, WeightGroup, fits, in_format
+from core.compress._rerun import Reruns, output_of
+from core.compress._router_descent import leave_inference_mode, trainable
 from core.lazy import torch
 from core.probes._gradients import differentiable
 from core.types import Progress
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from core.models.loaded import LoadedModel
 
-DRAWS = 1000
 SEED = 0
+_NOT_MEASURED = {"loss": np.nan, "loss_low": np.nan, "loss_high": np.nan}
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Gradients:
     squared: Mapping[str, Tensor]
     """Σ_windows g², labels drawn from the model: its mean per token is the diagonal of the Fisher information."""
     first: Mapping[str, Tensor]
-    """Σ_windows g of the surprisal of the true next tokens, nats."""
-    n_tokens: int
-    """Predicted tokens."""
+    """Σ_windows g of the surprisal of the true next tokens, nats; empty for an encoder."""
+    n: int
+    """Predicted tokens; an encoder's windows."""
 
 
 def table(
@@ -66,8 +66,10 @@ def table(
     Columns: group, layer, part, kind, format, parameters, bytes, bits (stored, per value), loss, loss_low, loss_high,
     fisher, first_order. ``loss`` is NaN without ``reruns``, the scores without ``gradients``. The weights are put back.
     """
-    sizes, bootstrap = FileSizes(loaded, groups), _bootstrap(reruns)
-    parameters = {target.name: loaded.model.get_parameter(target.name) for g in groups for target in g.targets}
+    sizes = FileSizes(loaded, groups)
+    parameters = {
+        target.name: loaded.model.get_parameter(target.name) for g in groups for target in g.targets
+    }
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     rows = []
     for done, group in enumerate(groups):
@@ -82,7 +84,7 @@ def table(
                     {
                         "group": group.name, "layer": group.layer, "part": group.part, "kind": group.kind,
                         "format": name, "parameters": n_values, "bytes": nbytes, "bits": 8 * nbytes / n_values,
-                        **_measured(loaded, group, format_, reruns, bootstrap), **_scored(change, gradients),
+                        **_measured(loaded, group, format_, reruns), **_scored(change, gradients),
                     }
                 )  # fmt: skip
     return pd.DataFrame(rows).astype({"layer": "Int64"})
@@ -118,30 +120,23 @@ def together(
 ) -> pd.DataFrame:  # fmt: skip
     """Whether losses add up: every group in one format at once, against the sum of one at a time.
 
-    Columns: format, groups, summed, together, low, high. Groups that cannot take the format are left as they are in both.
+    Columns: format, groups, summed, loss, loss_low, loss_high. Groups that cannot take the format are left as they are in both.
     """
-    bootstrap, rows = _bootstrap(reruns), []
+    rows = []
     for name, format_ in formats.items():
         of_format = measured[measured["format"] == name]
         able = [group for group in groups if group.name in set(of_format["group"])]
         if format_ is None or not able:
             continue
         with _all_changed(loaded, able, format_):
-            loss_W = reruns.loss_W(0)
-        interval = _interval(bootstrap, loss_W)
-        rows.append(
-            {
-                "format": name, "groups": len(able), "summed": float(of_format["loss"].sum()),
-                "together": float(loss_W.mean()), "low": interval[0], "high": interval[1],
-            }
-        )  # fmt: skip
-    return pd.DataFrame(rows, columns=["format", "groups", "summed", "together", "low", "high"])
+            found = reruns.summed_up(reruns.loss_W(0))
+        rows.append({"format": name, "groups": len(able), "summed": float(of_format["loss"].sum()), **found})
+    columns = ["format", "groups", "summed", "loss", "loss_low", "loss_high"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 @contextmanager
 def _all_changed(loaded: LoadedModel, groups: Sequence[WeightGroup], format_: Format) -> Iterator[None]:
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         for group in groups:
             stack.enter_context(changed(loaded, group, format_))
@@ -149,84 +144,85 @@ def _all_changed(loaded: LoadedModel, groups: Sequence[WeightGroup], format_: Fo
 
 
 def drops(loaded: LoadedModel, reruns: Reruns, progress: Progress) -> pd.DataFrame:
-    """What leaving out each block alone costs: layer, loss, loss_low, loss_high, parameters."""
-    bootstrap, rows = _bootstrap(reruns), []
+    """What leaving out each block alone costs: layer, parameters, loss, loss_low, loss_high."""
+    rows = []
     for block in loaded.anatomy.blocks:
         progress(block.index, loaded.anatomy.n_layers, f"without layer {block.index}")
-        loss_W = reruns.loss_without_W(block.index)
-        low, high = _interval(bootstrap, loss_W)
+        found = reruns.summed_up(reruns.loss_without_W(block.index))
         n_values = sum(p.numel() for p in loaded.model.get_submodule(block.path).parameters())
-        rows.append(
-            {"layer": block.index, "loss": float(loss_W.mean()), "loss_low": low, "loss_high": high,
-             "parameters": n_values}
-        )  # fmt: skip
+        rows.append({"layer": block.index, "parameters": n_values, **found})
     return pd.DataFrame(rows)
 
 
 def gradients_of(
     loaded: LoadedModel, groups: Sequence[WeightGroup], ids_WP: Tensor, progress: Progress
 ) -> Gradients:
-    """One forward and two backward passes per window. Holds two copies of the groups' weights in memory.
-
-    Raises ``CannotMeasure`` for a model without next-token distribution.
-    """
-    if loaded.family != "decoder":
-        raise CannotMeasure(f"{loaded.ref} is no decoder: it has no next-token distribution to take a Fisher score of")
+    """One forward and two backward passes per window (an encoder: one). Holds the groups' weights twice more in memory."""
     names = [target.name for group in groups for target in group.targets]
     generator = torch.Generator(device=ids_WP.device).manual_seed(SEED)
     with torch.inference_mode(False):
-        _leave_inference_mode(loaded)
+        leave_inference_mode(loaded)
         parameters = {name: loaded.model.get_parameter(name) for name in names}
         squared = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
         first = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
         ids_WP = ids_WP.clone()  # a tensor of inference mode cannot be saved for backward
-        with _wanting_gradients(parameters.values()), differentiable():
+        with trainable(parameters), differentiable():
             for done, ids_P in enumerate(ids_WP):
                 progress(done, len(ids_WP), f"backward pass {done + 1} of {len(ids_WP)}")
-                logits_PV = loaded.model(input_ids=ids_P[None], use_cache=False).logits[0, :-1].float()
-                drawn_P = torch.multinomial(logits_PV.detach().softmax(-1), 1, generator=generator)[:, 0]
-                cross = torch.nn.functional.cross_entropy
-                for label_P, keep in ((drawn_P, True), (ids_P[1:], False)):
-                    loss = cross(logits_PV, label_P, reduction="sum")
-                    found = torch.autograd.grad(
-                        loss, list(parameters.values()), retain_graph=keep, allow_unused=True
-                    )
-                    for name, gradient in zip(parameters, found, strict=True):
-                        if gradient is None:
-                            continue  # an expert no token was routed to, in a family that keeps experts apart
-                        if keep:
-                            squared[name].addcmul_(gradient.float(), gradient.float())
-                        else:
-                            first[name].add_(gradient.float())
-    return Gradients(squared, first, ids_WP.shape[0] * (ids_WP.shape[1] - 1))
+                drawn, true = _scalars(loaded, ids_P, generator)
+                for name, gradient in _gradients(drawn, parameters, again=true is not None):
+                    squared[name].addcmul_(gradient, gradient)
+                if true is not None:
+                    for name, gradient in _gradients(true, parameters, again=False):
+                        first[name].add_(gradient)
+    decoder = loaded.family == "decoder"
+    return Gradients(squared, first if decoder else {}, len(ids_WP) * (ids_WP.shape[1] - 1 if decoder else 1))
 
 
-def fisher_score(squared: Tensor, delta: Tensor, n_tokens: int) -> float:
-    """½ Σ g² ΔW² per token: nats to second order."""
-    return float((squared * delta.float().square()).sum(dtype=torch.float64)) / (2 * n_tokens)
+def _scalars(loaded: LoadedModel, ids_P: Tensor, generator: Any) -> tuple[Tensor, Tensor | None]:
+    """What is derived: surprisal of drawn and of true tokens, summed; an encoder's vector along a random direction.
+
+    With v normal, E[(∇(v · e) · ΔW)²] = ‖Δe‖², and half of that is 1 - cosine of unit vectors.
+    """
+    output = output_of(loaded, ids_P[None])[0].float()
+    if loaded.family != "decoder":
+        return output @ torch.randn(output.shape, generator=generator, device=output.device), None
+    logits_PV = output[:-1]
+    drawn_P = torch.multinomial(logits_PV.detach().softmax(-1), 1, generator=generator)[:, 0]
+    surprisal = torch.nn.functional.cross_entropy
+    return surprisal(logits_PV, drawn_P, reduction="sum"), surprisal(logits_PV, ids_P[1:], reduction="sum")
 
 
-def rank_correlation(frame: pd.DataFrame, left: str, right: str) -> float:
-    """Spearman's rank correlation of two columns over the cells where something was changed; NaN for fewer than 3."""
+def _gradients(scalar: Tensor, parameters: Mapping[str, Any], *, again: bool) -> Iterator[tuple[str, Tensor]]:
+    """The gradient by every parameter that had a part in it."""
+    found = torch.autograd.grad(scalar, list(parameters.values()), retain_graph=again, allow_unused=True)
+    return ((name, g.float()) for name, g in zip(parameters, found, strict=True) if g is not None)
+
+
+def fisher_score(squared: Tensor, delta: Tensor, n: int) -> float:
+    """½ Σ g² ΔW² per token (an encoder: per window): the loss to second order."""
+    return float((squared * delta.float().square()).sum(dtype=torch.float64)) / (2 * n)
+
+
+def rank_correlation(frame: pd.DataFrame, left: str, right: str) -> float | None:
+    """Spearman's rank correlation of two columns over the cells where something was changed; None below 3 cells."""
     cells = frame[frame["loss"] > 0].dropna(subset=[left, right])
     if len(cells) < 3:
-        return float("nan")
+        return None
     ranks = cells[[left, right]].rank()
     return float(np.corrcoef(ranks[left], ranks[right])[0, 1])
 
 
 def _measured(
-    loaded: LoadedModel, group: WeightGroup, format_: Format, reruns: Reruns | None, bootstrap: Bootstrap | None
-) -> dict[str, float | None]:  # fmt: skip
+    loaded: LoadedModel, group: WeightGroup, format_: Format, reruns: Reruns | None
+) -> Mapping[str, float | None]:
     """Loss and interval of the model as it is now; a group that is kept costs nothing, exactly."""
     if reruns is None:
-        return {"loss": np.nan, "loss_low": np.nan, "loss_high": np.nan}
+        return _NOT_MEASURED
     if format_ is None:
-        return {"loss": 0.0, "loss_low": 0.0, "loss_high": 0.0}
-    begin = group.layer if group.layer is not None else (0 if group.part == "embedding" else loaded.anatomy.n_layers)
-    loss_W = reruns.loss_W(begin)
-    low, high = _interval(bootstrap, loss_W)
-    return {"loss": float(loss_W.mean()), "loss_low": low, "loss_high": high}
+        return dict.fromkeys(_NOT_MEASURED, 0.0)
+    outside = 0 if group.part == "embedding" else loaded.anatomy.n_layers
+    return reruns.summed_up(reruns.loss_W(outside if group.layer is None else group.layer))
 
 
 def _scored(change: Change, gradients: Gradients | None) -> dict[str, float]:
@@ -235,36 +231,7 @@ def _scored(change: Change, gradients: Gradients | None) -> dict[str, float]:
     fisher = first = 0.0
     for name, before in change.before.items():
         delta = (change.after[name] - before).float()
-        fisher += fisher_score(gradients.squared[name], delta, gradients.n_tokens)
-        first += float((gradients.first[name] * delta).sum(dtype=torch.float64)) / gradients.n_tokens
-    return {"fisher": fisher, "first_order": first}
-
-
-def _bootstrap(reruns: Reruns | None) -> Bootstrap | None:
-    return None if reruns is None else Bootstrap(reruns.n_windows, draws=DRAWS, seed=SEED)
-
-
-def _interval(bootstrap: Bootstrap | None, loss_W: Floats) -> tuple[float | None, float | None]:
-    """95 % over documents; none below eight."""
-    assert bootstrap is not None
-    found = bootstrap.ratio(loss_W, np.ones_like(loss_W))
-    return found.low, found.high
-
-
-def _leave_inference_mode(loaded: LoadedModel) -> None:
-    """Copy weights that an earlier step made in inference mode: autograd refuses to pass through them."""
-    for tensor in (*loaded.model.parameters(), *loaded.model.buffers()):
-        if tensor.is_inference():
-            tensor.data = tensor.data.clone()
-
-
-@contextmanager
-def _wanting_gradients(parameters: Any) -> Iterator[None]:
-    kept = list(parameters)
-    for parameter in kept:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in kept:
-            parameter.requires_grad_(False)
+        fisher += fisher_score(gradients.squared[name], delta, gradients.n)
+        if gradients.first:
+            first += float((gradients.first[name] * delta).sum(dtype=torch.float64)) / gradients.n
+    return {"fisher": fisher, "first_order": first if gradients.first else np.nan}

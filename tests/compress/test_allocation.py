@@ -36,7 +36,9 @@ def every_allocation(menu: Menu) -> list[tuple[int, float]]:
     for picks in itertools.product(range(len(menu.choices)), repeat=len(menu.groups)):
         loss = sum(menu.loss_GC[g, c] for g, c in enumerate(picks))
         if not np.isnan(loss):
-            found.append((menu.fixed_bytes + sum(int(menu.bytes_GC[g, c]) for g, c in enumerate(picks)), loss))
+            found.append(
+                (menu.fixed_bytes + sum(int(menu.bytes_GC[g, c]) for g, c in enumerate(picks)), loss)
+            )
     return found
 
 
@@ -90,7 +92,9 @@ def test_a_pin_is_kept_and_paid_for() -> None:
         allocate(menu, 4, pins={"g1": "c1"})
 
 
-@pytest.mark.parametrize(("pin", "said"), [({"g9": "c0"}, "there are: g0, g1"), ({"g0": "c9"}, "g0 can be c0")])
+@pytest.mark.parametrize(
+    ("pin", "said"), [({"g9": "c0"}, "there are: g0, g1"), ({"g0": "c9"}, "g0 can be c0")]
+)
 def test_a_pin_that_cannot_be_is_refused(pin: dict[str, str], said: str) -> None:
     menu = menu_of(np.array([[1, 4], [1, 4]]), np.array([[9.0, np.nan], [5.0, 0.0]]))
     with pytest.raises(BadInput, match=said):

@@ -1,0 +1,139 @@
+"""Between a table of sensitivities, an allocation, and its text: what a page's slider, a recipe and a step share.
+
+Torch-free. A table has one row per group and format (``core.compress._sensitivity.table``); an assignment is written
+``0.qkv:int4g32, 0.o:int8, …``, so that what was seen on a slider is made again exactly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from core.compress._allocation import Allocation, Menu, OverBudget, allocate
+from core.compress._formats import Format, read_format
+from core.errors import BadInput
+from core.numerics.schemes import IntegerScheme
+
+Score = Literal["exact", "fisher"]
+LOSS_OF: dict[Score, str] = {"exact": "loss", "fisher": "fisher"}
+"""Score → its column of the table."""
+_BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>kb|mb|gb|bpw|bits?)?", re.IGNORECASE)
+_UNIT_BYTES = {"kb": 1e3, "mb": 1e6, "gb": 1e9}
+
+
+def menu_of(cells: pd.DataFrame, *, fixed_bytes: int, score: Score) -> Menu:
+    """The menu of a table: its groups and formats in order, a cell that is not in it not allowed.
+
+    A Fisher score is an estimate of the loss; a measured one below 0 would be noise, and there is none.
+    """
+    column = LOSS_OF[score]
+    groups, formats = list(dict.fromkeys(cells["group"])), list(dict.fromkeys(cells["format"]))
+    loss = cells.pivot(index="group", columns="format", values=column).reindex(index=groups, columns=formats)
+    nbytes = cells.pivot(index="group", columns="format", values="bytes").reindex(
+        index=groups, columns=formats
+    )
+    return Menu(
+        tuple(groups),
+        tuple(formats),
+        nbytes.fillna(0).to_numpy(np.int64),
+        loss.to_numpy(np.float64),
+        fixed_bytes,
+    )
+
+
+def readable(menu: Menu, kind_of: Mapping[str, str]) -> list[NDArray[np.bool_]]:
+    """The kinds of file plain transformers reads, as masks [G, C] of what each may hold.
+
+    Many symmetric grids side by side, tables plain: where there are no experts. Or one grid for all dense weights and
+    tables, and one for experts. Floats and kept weights may stand beside either.
+    """
+    kinds = np.array([kind_of[group] for group in menu.groups])
+    grids = [read_format(name) for name in menu.choices]
+    plain_C = np.array([not isinstance(grid, IntegerScheme) for grid in grids])
+    symmetric_C = np.array([isinstance(grid, IntegerScheme) and grid.symmetric for grid in grids])
+    experts_G1, table_G1 = (kinds == "experts")[:, None], (kinds == "table")[:, None]
+    found = []
+    if not experts_G1.any():
+        found.append(plain_C | (symmetric_C & ~table_G1))
+    one_each = [np.arange(len(grids)) == index for index in np.nonzero(~plain_C)[0]]
+    for dense_C in one_each:
+        for expert_C in one_each if experts_G1.any() else one_each[:1]:
+            found.append(plain_C | np.where(experts_G1, expert_C, dense_C))
+    return found or [plain_C | np.zeros((len(kinds), 1), bool)]
+
+
+def allocate_readable(
+    cells: pd.DataFrame, budget: int, *, fixed_bytes: int, score: Score, pins: Mapping[str, str] | None = None
+) -> Allocation:
+    """The allocation of least loss in ``budget`` bytes among those a file can hold.
+
+    Raises ``OverBudget`` saying the minimum, ``BadInput`` for a pin that cannot be.
+    """
+    menu = menu_of(cells, fixed_bytes=fixed_bytes, score=score)
+    menu.pinned(pins or {})  # refused with every choice of the group named
+    kind_of = dict(zip(cells["group"], cells["kind"], strict=True))
+    found: list[Allocation] = []
+    refusals: list[OverBudget] = []
+    for mask_GC in readable(menu, kind_of):
+        held = menu.only(mask_GC)
+        if held is None or any(not held.offers(group, choice) for group, choice in (pins or {}).items()):
+            continue
+        try:
+            found.append(allocate(held, budget, pins=pins))
+        except OverBudget as error:
+            refusals.append(error)
+    if found:
+        return min(found, key=lambda one: (one.loss, one.bytes))
+    if refusals:
+        raise min(refusals, key=lambda error: error.minimum)
+    raise BadInput(
+        "these pins cannot stand in one file: transformers reads several grids side by side only where all are symmetric, "
+        "tables are plain and there are no experts; else one grid for dense weights and one for experts"
+    )
+
+
+def written(choice_of: Mapping[str, str]) -> str:
+    """An assignment as text."""
+    return ", ".join(f"{group}:{choice}" for group, choice in choice_of.items())
+
+
+def read_assignment(text: str, what: str = "assignment") -> dict[str, str]:
+    """Group → format from ``3.qkv:int4g32, embedding:float8``; a bare number of bits N means ``intNg32``.
+
+    Raises ``BadInput`` for an entry that cannot be read, and for a group named twice.
+    """
+    found: dict[str, str] = {}
+    for entry in filter(None, (part.strip() for part in re.split(r"[,;\n]", text))):
+        group, colon, choice = (part.strip() for part in entry.partition(":"))
+        if not (group and colon and choice):
+            raise BadInput(f"{what} {entry!r}: write layer.part:format, e.g. 3.down:int8 or embedding:float8")
+        if group in found:
+            raise BadInput(f"{what}: {group} is named twice, as {found[group]} and {choice}")
+        choice = f"int{choice}g32" if choice.isdecimal() else choice.lower()
+        read_format(choice)
+        found[group] = choice
+    return found
+
+
+def schemes_of(choice_of: Mapping[str, str]) -> dict[str, Format]:
+    """Group → format."""
+    return {group: read_format(choice) for group, choice in choice_of.items()}
+
+
+def read_budget(text: str, n_parameters: int) -> int:
+    """Bytes of ``60MB``, ``1.2GB`` or ``4.5bpw`` (bits per weight, all parameters counted); a bare number is MB.
+
+    Raises ``BadInput``.
+    """
+    found = _BUDGET.fullmatch(text.strip())
+    if found is None or float(found["number"]) <= 0:
+        raise BadInput(f"budget {text!r} cannot be read; write e.g. 60MB, 1.2GB or 4.5bpw (bits per weight)")
+    number, unit = float(found["number"]), (found["unit"] or "mb").lower()
+    if unit in _UNIT_BYTES:
+        return int(number * _UNIT_BYTES[unit])
+    return int(number * n_parameters / 8)
