@@ -1,57 +1,144 @@
-"""Bytes of a variant before it is made, counted from a model card. Plain functions; draws and opens nothing.
-
-How weights are stored is read from a step's settings by what they are called (``bits``, ``group_size``, ``scheme``,
-``embedding_bits``, ``dtype``); what a change of structure leaves is said by its method. Anything else is not predicted.
-"""
+"""What the Compress page offers and says, as plain functions: presets, groups of methods, predictions in words."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
 
-from core.errors import SlimscopeError
-from core.recipe import Recipe
-from core.registry import get
-
-if TYPE_CHECKING:
-    from core.models.sizes import ModelCard
-
-MATRICES = ("attention", "mlp", "experts", "shared_expert")
-TABLES = ("embedding", "head")
-SCALE_BITS = 16
-WIDTH = {"float32": 32, "bfloat16": 16, "float16": 16}
+from app import format as fmt
+from core.models.sizes import ModelCard
+from core.prediction import StoresBits, Work, predicted_bytes, predicted_work
+from core.recipe import Recipe, Step
+from core.registry import Group, Method, Need, methods
 
 
-def predicted_bytes(card: ModelCard, recipe: Recipe) -> float | None:
-    """Bytes of the weight files, file headers aside; None when a step does not say how it stores weights."""
-    sizes = card.components.groupby("component")["parameters"].sum().astype(float)
-    width = WIDTH.get(card.dtype, 32)
-    bits = {"matrices": float(width), "tables": float(width), "rest": float(width)}
-    for step in recipe.steps:
-        chosen = get("compress", step.method)
-        if chosen.left is not None:
-            try:
-                left = chosen.left(card.anatomy, step.parsed())
-            except SlimscopeError:
-                return None  # the step will be refused, with the reason
-            sizes *= [float(left.get(str(component), 1.0)) for component in sizes.index]
-        elif "dtype" in step.settings:
-            bits = dict.fromkeys(bits, float(WIDTH[step.settings["dtype"]]))
-        elif "bits" in step.settings:
-            grid = _bits_per_value(step.settings, card.anatomy.d_model)
-            table = step.settings.get("embedding_bits", step.settings["bits"])
-            same = table == step.settings["bits"]
-            bits |= {"matrices": grid, "tables": grid if same else float(table)}
-        else:
-            return None
-    matrices = float(sizes[sizes.index.isin(MATRICES)].sum())
-    tables = float(sizes[sizes.index.isin(TABLES)].sum())
-    rest = float(sizes.sum()) - matrices - tables
-    return (matrices * bits["matrices"] + tables * bits["tables"] + rest * bits["rest"]) / 8
+@dataclass(frozen=True)
+class Preset:
+    """A recipe worth one click."""
+
+    id: str
+    title: str
+    sentence: str
+    method: str
+    settings: Mapping[str, Any]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The whole recipe, defaults filled in."""
+        return Recipe.of(self.method, **self.settings)
 
 
-def _bits_per_value(settings: dict[str, Any], columns: int) -> float:
-    """Code, and its share of the scale and of the zero point; a channel is taken to be ``columns`` long."""
-    group = settings.get("group_size", "channel")
-    length = columns if group == "channel" else int(group)
-    zero_point = settings["bits"] if settings.get("scheme") == "affine" else 0
-    return float(settings["bits"] + (SCALE_BITS + zero_point) / length)
+INT4 = {"bits": 4, "group_size": "32", "scheme": "symmetric"}
+PRESETS = (
+    Preset(
+        "int8",
+        "int8, per channel",
+        "A quarter of float32, and usually no difference to be seen.",
+        "rtn",
+        {"bits": 8, "group_size": "channel", "scheme": "symmetric"},
+    ),
+    Preset(
+        "int4",
+        "int4, groups of 32",
+        "An eighth of float32 in the layers; one scale for 32 weights.",
+        "rtn",
+        INT4,
+    ),
+    Preset(
+        "gptq4",
+        "GPTQ int4",
+        "The bytes of int4; each rounding error is made up for by the weights after it, on your text.",
+        "gptq",
+        INT4,
+    ),
+    Preset(
+        "int4_affine",
+        "int4 affine, groups of 32",
+        "As int4, with a zero point: closer where weights are lopsided.",
+        "rtn",
+        {"bits": 4, "group_size": "32", "scheme": "affine"},
+    ),
+    Preset(
+        "bf16",
+        "bfloat16",
+        "Half of float32; the baseline all others have to beat.",
+        "cast",
+        {"dtype": "bfloat16"},
+    ),
+)
+
+GROUP_TITLES: dict[Group, str] = {
+    "quantize": "Quantize",
+    "prune": "Prune",
+    "experts": "Experts",
+    "transform": "Transform",
+    "convert": "Convert",
+}
+
+
+def fitting(offers: frozenset[Need] | None) -> dict[str, Method]:
+    """The compression methods for a model, by id; all of them while it is not known what it offers."""
+    known = methods("compress")
+    if offers is None:
+        return known
+    return {id_: method for id_, method in known.items() if method.needs - {"calibration"} <= offers}
+
+
+def presets(offers: frozenset[Need] | None) -> list[Preset]:
+    """The presets that a model can have."""
+    usable = fitting(offers)
+    return [preset for preset in PRESETS if preset.method in usable]
+
+
+def group_of(method: Method) -> Group:
+    """Among which steps a method is offered: what it says, else what its needs and settings say."""
+    if method.group is not None:
+        return method.group
+    if "moe" in method.needs:
+        return "experts"
+    if issubclass(method.settings, StoresBits) or "bits" in method.settings.model_fields:
+        return "quantize"
+    return "prune" if method.left is not None else "transform"
+
+
+def grouped(found: Iterable[Method]) -> dict[Group, list[Method]]:
+    """Methods by group, in the order of the groups and then of their titles; groups without any are left out."""
+    by_title = sorted(found, key=lambda method: method.title)
+    groups = {group: [m for m in by_title if group_of(m) == group] for group in get_args(Group)}
+    return {group: members for group, members in groups.items() if members}
+
+
+def telling(step: Step) -> str:
+    """A step's first setting and those that differ from their defaults, e.g. ``bits 4 · scheme symmetric``."""
+    label = step.label().removeprefix(step.method).strip()
+    return " · ".join(part.replace("=", " ").replace("_", " ") for part in label.split())
+
+
+def size_words(card: ModelCard, recipe: Recipe) -> str:
+    """The predicted size and its share of the same weights in float32."""
+    nbytes = predicted_bytes(card, recipe)
+    if nbytes is None:
+        return "Size not predicted"
+    return f"About {fmt.size(nbytes)}, {nbytes / (card.parameters * 4):.0%} of float32"
+
+
+def work_words(card: ModelCard, recipe: Recipe) -> str:
+    """The time and the memory that the steps take, before the proof and the measurements."""
+    work = predicted_work(card, recipe)
+    return f"{_time(work)} · {_memory(work)}"
+
+
+def _time(work: Work) -> str:
+    if work.seconds is None:
+        return "time not predicted"
+    rest = f", {' and '.join(work.untold)} not counted" if work.untold else ""
+    return f"≈ {fmt.seconds(work.seconds)} to compress{rest}"
+
+
+def _memory(work: Work) -> str:
+    return (
+        "memory not predicted"
+        if work.peak_bytes is None
+        else f"{fmt.size(work.peak_bytes)} of memory at the peak"
+    )

@@ -28,7 +28,8 @@ from core.jobs.supervisor import ensure_supervisor
 from core.models.demo import demo_files
 from core.paths import catalog_url
 from core.registry import Method, Settings
-from core.types import ModelRef, Prompt, Result, Run, canonical_json
+from core.types import ModelRef, Prompt, Result, Run, Variant, canonical_json
+from core.verdict import verdicts as judge
 
 # --- catalog ------------------------------------------------------------------------------------------
 
@@ -64,6 +65,18 @@ def revision() -> int:
 def tradeoff_frame(base_id: str, revision: int) -> pd.DataFrame:
     """One row per variant of a base with its measurements, as of a revision of the catalog."""
     return queries.tradeoff_frame(catalog(), base_id)
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def verdicts(base_id: str, revision: int) -> dict[str, tuple[str, ...]]:
+    """What must be said of the variants of a base, by variant, as of a revision of the catalog."""
+    return judge(tradeoff_frame(base_id, revision))
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def variant_of(variant_id: str) -> Variant:
+    """A variant by its id; raises ``BadInput``."""
+    return catalog().variant(variant_id)
 
 
 @st.cache_data(max_entries=4, show_spinner=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin
@@ -32,12 +33,15 @@ def settings_form(
     columns: int = 3,
     inputs: Any | None = None,
     own: Mapping[str, Callable[[], Any]] | None = None,
+    start: Mapping[str, Any] | None = None,
+    bind: bool = True,
 ) -> Settings | None:
     """Draw the settings of ``method`` in a grid; return them validated, or None after saying what is wrong.
 
     Widget keys, which are also the query parameters, are ``{prefix}_{field}``; the prefix defaults to the id. Texts to
     type are inputs rather than settings: they go into the container ``inputs`` where there is one. ``own`` draws
-    fields that have a widget of their own.
+    fields that have a widget of their own. ``start`` has values that a fresh form begins with instead of the defaults;
+    without ``bind`` the fields are not in the address, because the page puts them there another way.
     """
     fields = method.settings.model_fields
     prefix = prefix or method.id
@@ -51,7 +55,10 @@ def settings_form(
         for name in names:
             slots[name] = grid.container(gap=None)
             with slots[name]:
-                draw = own.get(name, partial(_widget, name, fields[name], f"{prefix}_{name}"))
+                key = f"{prefix}_{name}"
+                draw = own.get(
+                    name, partial(_widget, name, _started(name, fields[name], start), key, bind=bind)
+                )
                 values[name] = draw()
     settings, problems = validated(method.settings, values)
     for name, sentence in problems.items():
@@ -81,10 +88,21 @@ def default_settings(method: Method) -> dict[str, Any]:
     return method.parse({}).model_dump(mode="json")
 
 
-def _widget(name: str, info: FieldInfo, key: str) -> Any:
+def _started(name: str, info: FieldInfo, start: Mapping[str, Any] | None) -> FieldInfo:
+    """The field with the value that its widget begins with as its default."""
+    if start is None or name not in start:
+        return info
+    begun = copy(info)
+    begun.default = start[name]
+    return begun
+
+
+def _widget(name: str, info: FieldInfo, key: str, *, bind: bool) -> Any:
     """One widget for one field. Raises ``TypeError`` for a type that no widget stands for: our own bug."""
     kind, optional = _unwrapped(info.annotation)
-    common: dict[str, Any] = {"key": key, "bind": "query-params", "help": info.description}
+    common: dict[str, Any] = {"key": key, "help": info.description}
+    if bind:
+        common["bind"] = "query-params"
     title = info.title or label(name)
     if get_origin(kind) is Literal:
         return _choice(title, list(get_args(kind)), info.default, optional, common)

@@ -166,6 +166,24 @@ def command_run(args: argparse.Namespace) -> Any:
     return {**made.summary(), "runs": runs}
 
 
+def command_sweep(args: argparse.Namespace) -> Any:
+    """Make a variant for every combination of values of a method's settings, measure each, compare them."""
+    from core.loop import opened
+    from core.models.sizes import model_card
+    from core.recipe import Recipe
+    from core.sweep import Measuring, combinations, planned, run_sweep, values_of
+
+    over = {name: values_of(text) for name, text in pairs(args.set).items()}
+    recipes = combinations(Recipe.of(args.method).calibrated_on(args.calibration), over)
+    catalog, progress = _catalog(), terminal_progress()
+    if args.dry_run:
+        return planned(catalog, model_card(opened(catalog, args.model, progress=progress)), recipes)
+    speed = {"tier": args.tier, **pairs(args.profile_set)}
+    measuring = Measuring(args.documents, pairs(args.evaluate_set), speed)
+    rows = run_sweep(catalog, args.model, recipes, measuring, progress=progress)
+    return rows if args.json else rows.reindex(columns=[*COMPARE_SHOWN, *{"failed"}.intersection(rows)])
+
+
 def command_evaluate(args: argparse.Namespace) -> Any:
     """Measure a variant's quality against its base, reloaded from its artifact."""
     from core.loop import evaluate_variant, register
@@ -301,6 +319,22 @@ def _add_making(add: Add) -> None:
     parser.add_argument("recipe", help="a recipe file (JSON)")
     _takes_model(parser, "--model")
     _takes_calibration(parser)
+    _takes_measuring(parser)
+    parser.add_argument("--with-base", action="store_true", help="measure the base too, in the same session")
+    parser = add("sweep", command_sweep)
+    parser.add_argument("method", help="id of a compress method, e.g. rtn")
+    _takes_model(parser, "--model")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=V1,V2", help="a setting's values; repeatable"
+    )
+    _takes_calibration(parser)
+    _takes_measuring(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only list the variants and their predicted bytes"
+    )
+
+
+def _takes_measuring(parser: argparse.ArgumentParser) -> None:
     _takes_text(parser, "--documents")
     parser.add_argument(
         "--tier",
@@ -310,7 +344,6 @@ def _add_making(add: Add) -> None:
     )
     _takes_settings(parser, "--evaluate-set", of="evaluation")
     _takes_settings(parser, "--profile-set", of="profile")
-    parser.add_argument("--with-base", action="store_true", help="measure the base too, in the same session")
 
 
 def _add_measuring(add: Add) -> None:

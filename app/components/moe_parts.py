@@ -6,7 +6,7 @@ import streamlit as st
 
 from app import format, state
 from app.components.heading import About, heading
-from app.components.recipe_editor import fitting
+from app.compress_views import fitting
 from app.text import esc
 from core.models.sizes import ModelCard
 from core.recipe import Recipe

@@ -1,157 +1,146 @@
-"""Where a recipe comes from on the Compress page: a preset, a method's form, or the JSON itself."""
+"""The workbench of the Compress page: a recipe as ordered steps with a form each, as a budget to keep, or as JSON."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from importlib.util import find_spec
 
 import streamlit as st
 
-from app import state
+from app import drafts, engine
+from app.components.step_list import step_list
+from app.components.step_picker import step_picker
+from app.components.text_check import text_check
+from app.compress_views import telling
+from app.drafts import Draft
 from app.forms import settings_form
 from app.text import esc
-from core.errors import BadInput
-from core.recipe import CALIBRATION, Recipe
-from core.registry import Method, Need, methods
+from core.models.sizes import ModelCard
+from core.recipe import CALIBRATION, Recipe, Step
+from core.registry import get
 
-FIRST = "rtn"
-"""The method that the form shows when none was chosen."""
-LONGEST = 20_000
-"""Characters of a recipe that may be typed or uploaded."""
+STEPS, BUDGET, JSON = "Steps", "Fit a budget", "JSON"
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A recipe worth one click."""
+def recipe_editor(model: str, opening: engine.Call, card: ModelCard | None) -> Recipe | None:
+    """Draw the recipe as the reader wants it; None after saying what is wrong or missing.
 
-    id: str
-    title: str
-    sentence: str
-    method: str
-    settings: dict[str, object]
-
-    @property
-    def recipe(self) -> Recipe:
-        """The whole recipe, defaults filled in."""
-        return Recipe.of(self.method, **self.settings)
-
-
-PRESETS = (
-    Preset(
-        "int8",
-        "int8, per channel",
-        "A quarter of float32, and usually no difference to be seen.",
-        "rtn",
-        {"bits": 8, "group_size": "channel", "scheme": "symmetric"},
-    ),
-    Preset(
-        "int4",
-        "int4, groups of 32",
-        "An eighth of float32 in the layers; one scale for 32 weights.",
-        "rtn",
-        {"bits": 4, "group_size": "32", "scheme": "symmetric"},
-    ),
-    Preset(
-        "int4_affine",
-        "int4 affine, groups of 32",
-        "As int4, with a zero point: closer where weights are lopsided.",
-        "rtn",
-        {"bits": 4, "group_size": "32", "scheme": "affine"},
-    ),
-    Preset(
-        "bf16",
-        "bfloat16",
-        "Half of float32; the baseline all others have to beat.",
-        "cast",
-        {"dtype": "bfloat16"},
-    ),
-)
-
-
-def recipe_editor(offers: frozenset[Need] | None) -> Recipe | None:
-    """Draw the form or the JSON, whichever the address asks for; None after saying what is wrong.
-
-    ``offers`` is what the model can give to a method, None while it is not known: the form lists what fits.
+    ``card`` is None until the model is open: then every method is offered, and those that do not fit refuse later.
     """
-    given = "recipe" in st.query_params
+    draft = drafts.current()
+    if draft.wrong:
+        st.session_state["write_as"] = JSON
     with st.container(horizontal=True, vertical_alignment="center"):
         st.header("Your own recipe", anchor=False, width="stretch")
         mode = st.segmented_control(
             "Write it as",
-            ["Form", "JSON"],
-            default="JSON" if given else "Form",
+            [STEPS, BUDGET, JSON] if find_spec("app.components.budget_panel") else [STEPS, JSON],
+            default=STEPS,
             required=True,
             key="write_as",
             label_visibility="collapsed",
         )
-    return _as_json() if mode == "JSON" else _as_form(offers)
+    if mode == JSON:
+        return _as_json(draft)
+    if mode == BUDGET:
+        from app.components.budget_panel import budget_panel
+
+        return budget_panel(model, opening)
+    return _as_steps(draft, model, card)
 
 
-def fitting(offers: frozenset[Need] | None) -> dict[str, Method]:
-    """The compression methods for a model, by id; all of them while it is not known what it offers."""
-    known = methods("compress")
-    if offers is None:
-        return known
-    return {id_: method for id_, method in known.items() if method.needs - {"calibration"} <= offers}
+def _as_steps(draft: Draft, model: str, card: ModelCard | None) -> Recipe | None:
+    offers = card.offers if card else None
+    left, right = st.columns([3, 7], gap="medium")
+    with right:
+        step = _form(draft)
+        calibration = draft.calibration
+        if draft.recipe.reads_text:
+            calibration = _calibration(draft, model, card)
+    if step is not None:
+        draft = drafts.edited(draft, step, calibration)
+    with left:
+        step_list(
+            [(get("compress", s.method).title, telling(s)) for s in draft.steps],
+            key="steps",
+            selected=draft.chosen,
+            on_pick=drafts.choose,
+            on_move=drafts.move,
+        )
+        step_picker(offers, version=draft.version)
+    return None if step is None else draft.recipe
 
 
-def _as_form(offers: frozenset[Need] | None) -> Recipe | None:
-    known = fitting(offers)
-    id_ = state.choice(
-        st.selectbox,
-        "Method",
-        {id_: method.title for id_, method in known.items()},
-        key="method",
-        default=FIRST,
+def _form(draft: Draft) -> Step | None:
+    """The chosen step: its name, what can be done with it, its settings; None where a setting is refused."""
+    at, step = draft.chosen, draft.steps[draft.chosen]
+    method = get("compress", step.method)
+    with st.container(horizontal=True, vertical_alignment="center", gap="xsmall"):
+        st.markdown(f"**{esc(method.title)}**", width="stretch")
+        last = len(draft.steps) - 1
+        _action("arrow_upward", "Move up", at > 0, drafts.move, at, at - 1)
+        _action("arrow_downward", "Move down", at < last, drafts.move, at, at + 1)
+        _action("content_copy", "Duplicate", True, drafts.duplicate, at)
+        _action("delete", "Remove", last > 0, drafts.remove, at)
+    st.caption(esc(method.summary))
+    settings = settings_form(method, prefix=f"step{draft.version}", start=step.settings, bind=False)
+    return None if settings is None else Step(method=step.method, settings=settings.model_dump(mode="json"))
+
+
+def _action(icon: str, name: str, possible: bool, act: object, *args: int) -> None:
+    st.button(
+        "",
+        icon=f":material/{icon}:",
+        type="tertiary",
+        help=name,
+        disabled=not possible,
+        key=f"step_{name.lower().replace(' ', '_')}",
+        on_click=act,  # type: ignore[arg-type]
+        args=args,
     )
-    st.caption(esc(known[id_].summary))
-    settings = settings_form(known[id_])
-    if settings is None:
-        return None
-    recipe = Recipe.of(id_, **settings.model_dump(mode="json"))
-    if recipe.reads_text:
+
+
+def _calibration(draft: Draft, model: str, card: ModelCard | None) -> str:
+    """The text that calibrated steps read, and what it is worth for this model."""
+    with st.container(horizontal=True, vertical_alignment="bottom"):
         text = st.text_input(
             "Calibration text",
-            CALIBRATION,
-            key="calibration",
-            bind="query-params",
-            help="What the method measures the model on: pydoc (the reference prose every Python ships), domains, "
+            draft.calibration or CALIBRATION,
+            key=f"calibration{draft.version}",
+            help="What calibrated steps measure the model on: pydoc (the reference prose every Python ships), domains, "
             "domain:NAME, a text file's path, or hub:ID. Evaluation reads other documents.",
         )
-        recipe = recipe.calibrated_on(text.strip() or None)
-    with st.expander("Recipe JSON", icon=":material/data_object:"):
-        st.code(written(recipe), language="json")
-        st.caption("The same JSON is a file for the command line: `slimscope run recipe.json --model MODEL`")
-    return recipe
+        check = st.toggle("Check this text", key="check_text", disabled=card is None)
+    named = text.strip() or CALIBRATION
+    if check and card is not None:
+        text_check(named, model, card, draft.steps[draft.chosen])
+    return named
 
 
-def _as_json() -> Recipe | None:
-    """Typed or uploaded; the text is in the address, so that a recipe is a link."""
-    uploaded = st.file_uploader(
-        "Recipe file", type="json", key="recipe_file", max_upload_size=1, on_change=_take_upload
-    )
-    del uploaded  # its callback has put the text where it belongs
-    text = st.text_area(
+def _as_json(draft: Draft) -> Recipe | None:
+    """Typed or uploaded; whatever is there is in the address, so that a recipe is a link."""
+    st.file_uploader("Recipe file", type="json", key="recipe_file", max_upload_size=1, on_change=_take_upload)
+    key = f"recipe_text{draft.version}"
+    st.text_area(
         "Recipe JSON",
-        written(PRESETS[1].recipe),
-        key="recipe",
-        bind="query-params",
+        draft.text if draft.wrong else written(draft.recipe),
+        key=key,
         height=260,
-        max_chars=LONGEST,
+        max_chars=drafts.LONGEST,
         help="Steps are applied in order; a setting that is missing takes its default",
+        on_change=lambda: drafts.take(st.session_state[key] or ""),
     )
-    try:
-        return Recipe.parse(json.loads(text or ""))
-    except ValueError as error:
-        said = error if isinstance(error, BadInput) else f"This is not JSON: {error}"
-        st.markdown(f":red[{esc(said)}]")
+    st.caption("The same JSON is a file for the command line: `slimscope run recipe.json --model MODEL`")
+    if draft.wrong:
+        st.markdown(f":red[{esc(draft.wrong)}]")
         return None
+    return draft.recipe
 
 
 def _take_upload() -> None:
     file = st.session_state["recipe_file"]
     if file is not None:
-        st.session_state["recipe"] = file.getvalue()[:LONGEST].decode("utf-8", errors="replace")
+        drafts.take(file.getvalue()[: drafts.LONGEST].decode("utf-8", errors="replace"))
 
 
 def written(recipe: Recipe) -> str:

@@ -138,11 +138,11 @@ def bases(catalog: Catalog) -> pd.DataFrame:
 def newest(catalog: Catalog, *, limit: int) -> pd.DataFrame:
     """The latest visible models, bases included, newest first.
 
-    Columns: id, name, source, bytes, bits_per_weight, proven, created_at.
+    Columns: id, base_id, name, source, bytes, bits_per_weight, proven, created_at.
     """
     columns = {
         name: getattr(VariantRow, name)
-        for name in ("id", "name", "source", "bytes", "bits_per_weight", "proven", "created_at")
+        for name in ("id", "base_id", "name", "source", "bytes", "bits_per_weight", "proven", "created_at")
     }
     query = (
         select(*columns.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
@@ -11,7 +11,9 @@ from core.compress._report import VIEWS, Error, headline, row, table
 from core.compress._targets import Target, targets
 from core.errors import CannotCompress
 from core.lazy import torch
+from core.models.anatomy import Anatomy
 from core.models.loaded import LoadedModel
+from core.models.sizes import Component
 from core.registry import Settings, method
 from core.types import Documents, Progress, Provenance, Result
 
@@ -23,6 +25,10 @@ class CastSettings(Settings):
         default="bfloat16",
         description="16-bit float: bfloat16 keeps float32's range with 8 significant bits, float16 has 11 but ends at 65504",
     )
+
+    def stored_bits(self, anatomy: Anatomy) -> dict[str, float]:
+        """Component → bits per value in the file."""
+        return dict.fromkeys(get_args(Component), 16.0)
 
 
 @method("compress", title="Cast to 16 bits")

@@ -27,8 +27,12 @@ from core.types import Documents, Metric, Progress, Provenance, Result, View, pa
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from core.models.anatomy import Anatomy
+
 Floats = NDArray[np.float64]
 COARSE, FINE = 0, 1
+SCALE_BITS = 32
+"""A scale is kept in the dtype that the model is held in."""
 
 
 class ExpertBitsSettings(Settings):
@@ -50,6 +54,15 @@ class ExpertBitsSettings(Settings):
     calibration_tokens: int = Field(
         default=32_768, ge=64, le=4_194_304, description="Tokens that the routing is counted over"
     )
+
+    def stored_bits(self, anatomy: Anatomy) -> dict[str, float]:
+        """Bits per value of an expert, on average over both forms; rows are taken to be d_model long."""
+        if self.format == "float8":
+            coarse, fine = 8 + 16 / anatomy.d_model, 16.0
+        else:
+            bits = int(self.format.removeprefix("int"))
+            coarse, fine = (bits + SCALE_BITS / length for length in (anatomy.d_model, int(self.group_size)))
+        return {"experts": (1 - self.share) * coarse + self.share * fine}
 
 
 @method(

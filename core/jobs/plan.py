@@ -7,7 +7,7 @@ was never done. A probe or a training is one job. Nothing is run here.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,13 @@ def submit_variant(
     recipe: Recipe,
     evaluate: Mapping[str, Any] | None = None,
     profile: Mapping[str, Any] | None = None,
+    group_id: str | None = None,
 ) -> list[Job]:
     """Queue compress, then evaluate and profile, of ``recipe`` on ``model``, and the base's own measurements if missing.
 
     ``evaluate`` (``method``, ``settings``, ``documents``) and ``profile`` (``method``, ``settings``) override the
     defaults. The same recipe still waiting or running is returned as it is, not queued twice. All jobs share a
-    group. Raises ``BadInput`` for a model, method or settings that cannot be.
+    group, a new one unless ``group_id`` names it. Raises ``BadInput`` for a model, method or settings that cannot be.
     """
     source = ModelRef.parse(model).located  # the worker runs in another folder
     quality, speed = _evaluation(evaluate), _profiling(profile)
@@ -46,11 +47,32 @@ def submit_variant(
     again = [job for job in waiting if job.spec.get("recipe") == written]
     if again:
         return again[::-1]
-    made = queue.submit("compress", {"model": source, "recipe": written})
-    jobs = [made, *_measure(queue, source, written, quality, speed, after=made)]
+    made = queue.submit("compress", {"model": source, "recipe": written}, group_id=group_id)
+    jobs = [
+        made,
+        *_measure(queue, source, written, quality, speed, after=made, group_id=made.group_id),
+    ]
     base_waits = any(job.spec.get("recipe") is None for job in waiting)
     if not base_waits and not _base_is_measured(queue, source):
         jobs += _measure(queue, source, None, quality, speed, group_id=made.group_id)
+    return jobs
+
+
+def submit_sweep(
+    queue: Queue,
+    *,
+    model: str,
+    recipes: Sequence[Recipe],
+    evaluate: Mapping[str, Any] | None = None,
+    profile: Mapping[str, Any] | None = None,
+) -> list[Job]:
+    """Queue every recipe as ``submit_variant`` does, in order and in one group; the base is measured once."""
+    jobs: list[Job] = []
+    for recipe in recipes:
+        group_id = jobs[0].group_id if jobs else None
+        jobs += submit_variant(
+            queue, model=model, recipe=recipe, evaluate=evaluate, profile=profile, group_id=group_id
+        )
     return jobs
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from app.compress_views import predicted_bytes
 from core.models.open import open_model
+from core.models.pace import Pace
 from core.models.sizes import model_card
+from core.prediction import predicted_bytes, predicted_work
 from core.recipe import Recipe
 from core.registry import get
 from core.types import Documents, ModelRef, silent
@@ -53,3 +56,35 @@ def test_what_follows_a_structural_step_is_counted_on_what_it_left(tmp_path):
 def test_a_step_that_will_be_refused_promises_nothing(tmp_path):
     card = model_card(open_model(ModelRef(str(tiny_folder("olmoe", tmp_path)))))
     assert predicted_bytes(card, Recipe.of("prune_experts", share=0.001)) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "settings"),
+    [
+        ("llama", "rtn", {"bits": 4, "group_size": "32", "scheme": "affine"}),
+        ("llama", "rtn", {"bits": 8, "group_size": "channel", "embedding_bits": 16, "head_bits": 8}),
+        ("qwen2", "rtn", {"bits": 3, "scheme": "symmetric"}),
+        ("olmoe", "expert_bits", {"format": "int4", "share": 0.5}),
+        ("olmoe", "expert_bits", {"format": "float8"}),
+        ("llama", "cast", {}),
+    ],
+)
+def test_stored_bits_are_those_of_the_file(tmp_path, family, method, settings):
+    loaded = open_model(ModelRef(str(tiny_folder(family, tmp_path))))
+    card, recipe = model_card(loaded), Recipe.of(method, **settings)
+    told = predicted_bytes(card, recipe)
+    for step in recipe.steps:
+        frame = get("compress", step.method).run(loaded, TEXT, silent, step.parsed()).frames["main"]
+    assert told == pytest.approx(float(frame["bytes_after"].sum()), rel=0.02)
+
+
+def test_a_step_that_says_nothing_is_not_predicted(tmp_path):
+    card = model_card(open_model(ModelRef(str(tiny_folder("olmoe", tmp_path)))))
+    assert predicted_bytes(card, Recipe.of("novice_experts")) is None
+
+
+def test_work_is_told_only_by_steps_that_tell_it(tmp_path):
+    loaded = open_model(ModelRef(str(tiny_folder("llama", tmp_path))))
+    card = replace(model_card(loaded), pace=Pace(0.001, 0.002, 1))
+    work = predicted_work(card, Recipe.of("cast"))
+    assert (work.seconds, work.peak_bytes, work.untold) == (None, None, ("cast",))
