@@ -18,9 +18,11 @@ from core.lazy import torch
 from core.models.anatomy import Anatomy
 from core.models.loaded import LoadedModel
 from core.models.sizes import Component
-from core.numerics.integer import quantize
-from core.numerics.packed import PackedExperts, PackedTensor, narrow
+from core.numerics import integer
+from core.numerics.packed import PackedExperts, PackedTensor
+from core.numerics.quantize import quantize
 from core.numerics.schemes import FloatScheme, GroupSize, IntegerScheme, Scheme
+from core.numerics.sizes import scheme_bits
 from core.registry import Settings
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ class GridSettings(Settings):
 def bits_per_value(scheme: Scheme, columns: int, *, scale_bits: int = SCALE_BITS) -> float:
     """A code and its share of a scale and of the zero point, in rows of ``columns`` values."""
     if not isinstance(scheme, IntegerScheme):
-        return float(scheme.bits)
+        return scheme_bits((columns, columns), scheme)
     zero_point = 0 if scheme.symmetric else scheme.bits
     return scheme.bits + (scale_bits + zero_point) / (scheme.group_size or columns)
 
@@ -137,18 +139,28 @@ def refuse_packed(loaded: LoadedModel) -> None:
 
 def refuse_indivisible(loaded: LoadedModel, schemes: Mapping[str, Scheme]) -> None:
     """Raise ``CannotCompress`` naming the first matrix whose rows its groups do not divide, and what would."""
-    parameters = dict(loaded.model.named_parameters())
-    grids = {name: scheme for name, scheme in schemes.items() if isinstance(scheme, IntegerScheme)}
-    columns = {name: int(parameters[name].shape[-1]) for name in grids}
-    for name, scheme in grids.items():
-        if scheme.group_size is None or columns[name] % scheme.group_size == 0:
+    groups = {name: group for name, scheme in schemes.items() if (group := _shared_by(scheme)) is not None}
+    columns = {name: int(loaded.model.get_parameter(name).shape[-1]) for name in groups}
+    for name, group in groups.items():
+        if columns[name] % group == 0:
             continue
+        if not isinstance(schemes[name], IntegerScheme):
+            raise CannotCompress(
+                f"{schemes[name].label} has blocks of {group}, which do not divide in_features {columns[name]} of "
+                f"{name.removesuffix('.weight')}; choose rtn with group_size channel, or fp8"
+            )
         fitting = [str(g) for g in (32, 64, 128) if all(n % g == 0 for n in columns.values())]
         choices = ", ".join(fitting) + " or channel" if fitting else "channel"
         raise CannotCompress(
-            f"group_size {scheme.group_size} does not divide in_features {columns[name]} of "
+            f"group_size {group} does not divide in_features {columns[name]} of "
             f"{name.removesuffix('.weight')}; choose {choices}"
         )
+
+
+def _shared_by(scheme: Scheme) -> int | None:
+    """Consecutive values of a row that share a scale; None where nothing must divide the row."""
+    group: int | None = getattr(scheme, "group_size", getattr(scheme, "block", None))
+    return group
 
 
 def scale_dtype(target: Target, weight: Tensor) -> torch.dtype | None:
@@ -160,17 +172,21 @@ def scale_dtype(target: Target, weight: Tensor) -> torch.dtype | None:
 def rounded(target: Target, weight: Tensor, scheme: Scheme) -> PackedTensor:
     """A weight rounded to nearest under its scheme; raises ``CannotCompress`` where it is not finite or overflows."""
     if isinstance(scheme, IntegerScheme):
-        packed = quantize(weight, scheme, scale_dtype=scale_dtype(target, weight))
+        packed = integer.quantize(weight, scheme, scale_dtype=scale_dtype(target, weight))
         assert packed.scale is not None
         _refuse_not_finite(target, packed.scale)
         return packed
-    largest, limit = weight.abs().max(), torch.finfo(getattr(torch, scheme.dtype)).max
+    largest = weight.abs().max()
     _refuse_not_finite(target, largest)
-    if largest > limit:
-        raise CannotCompress(
-            f"{scheme.dtype} ends at {limit:.0f} but {target.module} holds {float(largest):.6g}; choose 16 bits for it"
-        )
-    return narrow(weight, scheme)
+    if isinstance(scheme, FloatScheme) and scheme.scale == "none":
+        limit = torch.finfo(getattr(torch, scheme.dtype)).max
+        if largest > limit:
+            raise CannotCompress(
+                f"{scheme.dtype} ends at {limit:.0f} but {target.module} holds {float(largest):.6g}; choose 16 bits for it"
+            )
+    found = quantize(weight, scheme)
+    assert isinstance(found, PackedTensor), f"no file that plain transformers reads holds {scheme.label}"
+    return found
 
 
 def put(
@@ -206,9 +222,9 @@ def _said(packed: PackedTensor | PackedExperts | None) -> tuple[str, float, str,
         label = " / ".join(choice.scheme.label for choice in packed.choices)
         return label, 8 * nbytes / packed.choices[0].codes.numel(), "by expert", nbytes
     scheme = packed.scheme
-    if not isinstance(scheme, IntegerScheme):
-        return scheme.label, scheme.bits, "none", nbytes
-    return scheme.label, scheme.bits, str(scheme.group_size or "channel"), nbytes
+    if isinstance(scheme, FloatScheme):
+        return scheme.label, scheme.bits, scheme.scale, nbytes
+    return scheme.label, scheme.bits, str(_shared_by(scheme) or "channel"), nbytes
 
 
 def grid_notes(todo: Sequence[Target], schemes: Iterable[Scheme], *, symmetric: bool) -> tuple[str, ...]:

@@ -1,10 +1,10 @@
-"""How a model's tensors are laid out in the file: names, parts, and the quantization_config that explains them.
+"""How a model's tensors are laid out in the file: names and parts; the words that explain them are ``_description``'s.
 
 Uses transformers' own inverse of its load-time conversions, so that fused experts are written one by one, as
-Mixtral, OLMoE and Qwen-MoE checkpoints have them. The config says ``dequantize``: plain ``from_pretrained`` then
-rebuilds every dense weight while loading, so that ties hold and hooks see ordinary modules. On that path
-transformers 5.23 reads one integer scheme for all dense weights and one for experts, which must be symmetric.
-(The other path, decompression at the first forward, loads neither zero points nor tied packed embeddings.)
+Mixtral, OLMoE and Qwen-MoE checkpoints have them.
+
+A tensor that nothing packed is written in the 16-bit float that the base's own file is in, where that holds every one
+of its values: a model opened in float32 then costs no more on disk than it did.
 
 Experts of one file share one description, but two forms of it may stand side by side (``PackedExperts``). Integer
 codes of one width are multiplied by scales that broadcast: a group's, or one for the whole row. And where the
@@ -14,20 +14,24 @@ that bfloat16 may stand beside float8. Nothing else is read expert by expert.
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from core.compress._targets import tied_names
 from core.errors import CannotCompress
 from core.lazy import torch
+from core.models.checkpoint import stored_tensors, weight_files
 from core.models.loaded import LoadedModel
 from core.numerics.packed import PackedExperts, PackedTensor
-from core.numerics.schemes import FloatScheme, IntegerScheme
 from core.numerics.sizes import DTYPE_NAMES, Entry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-EXPERTS = "re:.*experts.*"
+HALVES = {"F16": "float16", "BF16": "bfloat16"}
+PARTS = ("_scale", "_shape", "_zero_point", "_packed")
+"""How the names of what is stored beside or instead of a weight end."""
 
 
 def file_tensors(loaded: LoadedModel) -> dict[str, Tensor]:
@@ -36,6 +40,9 @@ def file_tensors(loaded: LoadedModel) -> dict[str, Tensor]:
     tensors = _on_disk(loaded.model, dense)
     for module, piece in _pieces(loaded, packed).items():
         tensors.update({f"{module}.{part}": tensor for part, tensor in piece.stored().items()})
+    for module, scheme in loaded.activations.items():
+        if scheme.scale is not None:
+            tensors[f"{module}.input_scale"] = torch.tensor([scheme.scale], dtype=loaded.model.dtype)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -48,70 +55,10 @@ def file_entries(loaded: LoadedModel) -> dict[str, Entry]:
     }
     for module, piece in _pieces(loaded, packed).items():
         entries.update({f"{module}.{part}": entry for part, entry in piece.entries().items()})
+    for module, scheme in loaded.activations.items():
+        if scheme.scale is not None:
+            entries[f"{module}.input_scale"] = Entry(DTYPE_NAMES[loaded.dtype], (1,))
     return entries
-
-
-def quantization_config(loaded: LoadedModel) -> dict[str, Any] | None:
-    """compressed-tensors' description of the packed weights; None where no integer grid was used."""
-    experts = {block.experts for block in loaded.anatomy.blocks if block.experts is not None}
-    groups: dict[str, Any] = {}
-    for module, packed in loaded.packed.items():
-        if isinstance(packed, PackedExperts):
-            groups["experts"] = {"scheme": _described(packed), "targets": {EXPERTS}}
-            continue
-        if not isinstance(packed.scheme, IntegerScheme):
-            continue
-        in_experts = module.rpartition(".")[0] in experts
-        name = "experts" if in_experts else "dense"
-        group = groups.setdefault(name, {"scheme": packed.scheme, "targets": set()})
-        assert group["scheme"] == packed.scheme, (
-            f"{module}: one integer scheme per file, {packed.scheme} is a second"
-        )
-        group["targets"].add(EXPERTS if in_experts else type(loaded.model.get_submodule(module)).__name__)
-    if not groups:
-        return None
-    kept = [name for name, m in loaded.model.named_modules() if _kept(loaded, name, m, groups)]
-    described = {name: _group(g["scheme"], sorted(g["targets"])) for name, g in sorted(groups.items())}
-    formats = {group["format"] for group in described.values()}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-        "quantization_status": "compressed",
-        "config_groups": described,
-        "ignore": kept,
-        "dequantize": True,
-    }
-
-
-def _described(packed: PackedExperts) -> IntegerScheme | FloatScheme:
-    """The one scheme that the file names for experts: that with groups, or float8."""
-    schemes = [choice.scheme for choice in packed.choices]
-    integer = [scheme for scheme in schemes if isinstance(scheme, IntegerScheme)]
-    if not integer:
-        return FloatScheme("float8_e4m3fn")
-    return max(integer, key=lambda scheme: scheme.group_size is not None)
-
-
-def _group(scheme: IntegerScheme | FloatScheme, targets: list[str]) -> dict[str, Any]:
-    if isinstance(scheme, FloatScheme):
-        row = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
-        return {"targets": targets, "weights": row, "format": "float-quantized"}
-    weights = {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": "channel" if scheme.group_size is None else "group",
-        "group_size": scheme.group_size,
-        "dynamic": False,
-    }
-    return {"targets": targets, "weights": weights, "format": "pack-quantized"}
-
-
-def _kept(loaded: LoadedModel, name: str, module: Any, groups: dict[str, Any]) -> bool:
-    """Whether a module has a targeted type but no integer codes of its own."""
-    packed = loaded.packed.get(name)
-    targeted = type(module).__name__ in groups.get("dense", {"targets": ()})["targets"]
-    return targeted and not isinstance(getattr(packed, "scheme", None), IntegerScheme)
 
 
 def _split(loaded: LoadedModel) -> tuple[dict[str, Tensor], dict[str, PackedTensor | PackedExperts]]:
@@ -119,8 +66,30 @@ def _split(loaded: LoadedModel) -> tuple[dict[str, Tensor], dict[str, PackedTens
     names = dict(loaded.model.named_parameters())
     packed = {f"{m}.weight" if f"{m}.weight" in names else m: p for m, p in loaded.packed.items()}
     left_out = {*packed, *tied_names(loaded.model)}
-    state = {n: t.detach() for n, t in loaded.model.state_dict().items() if n not in left_out}
+    half = stored_half(loaded)
+    state = {
+        name: _narrowed(tensor.detach(), half)
+        for name, tensor in loaded.model.state_dict().items()
+        if name not in left_out
+    }
     return state, packed
+
+
+def stored_half(loaded: LoadedModel) -> torch.dtype | None:
+    """The 16-bit float that most of the base's own file is in; None where it has none."""
+    found: Counter[str] = Counter()
+    for name, tensor in stored_tensors(weight_files(loaded.folder)).items():
+        if tensor.dtype in HALVES and not name.endswith(PARTS):
+            found[tensor.dtype] += tensor.nbytes
+    return getattr(torch, HALVES[found.most_common(1)[0][0]]) if found else None
+
+
+def _narrowed(tensor: Tensor, half: torch.dtype | None) -> Tensor:
+    """The tensor in a 16-bit float where that loses nothing, else as it is."""
+    if half is None or tensor.dtype != torch.float32:
+        return tensor
+    narrow = tensor.to(half)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
 def _pieces(loaded: LoadedModel, packed: dict[str, PackedTensor | PackedExperts]) -> dict[str, PackedTensor]:
@@ -166,10 +135,12 @@ def _cut(model: Any, packed: dict[str, PackedTensor]) -> dict[str, PackedTensor]
         assert tags[name].shape[:-1] == lead, f"{name}: a tag was not cut as its codes were"
         tag = int(tags[name].flatten()[0])
         assert bool((tags[name] == tag).all()), f"{name} mixes several weights, whose schemes could differ"
-        scale = scales.get(name)
-        assert scale is None or scale.shape[:-1] == lead, f"{name}: scales were not cut as the codes were"
-        scheme = origins[tag].scheme
-        pieces[name.removesuffix(".weight")] = PackedTensor(part, scale, zeros.get(name), scheme)
+        piece = origins[tag]
+        if part.shape != piece.codes.shape:
+            scale = scales.get(name)
+            assert scale is None or scale.shape[:-1] == lead, f"{name}: scales were not cut as the codes were"
+            piece = replace(piece, codes=part, scale=scale, zero_point=zeros.get(name))
+        pieces[name.removesuffix(".weight")] = piece
     return pieces
 
 

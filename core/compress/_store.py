@@ -18,7 +18,8 @@ from typing import Any
 
 import pandas as pd
 
-from core.compress._layout import file_entries, file_tensors, quantization_config
+from core.compress._description import quantization_config
+from core.compress._layout import file_entries, file_tensors
 from core.compress._report import Shares
 from core.compress._targets import targets
 from core.errors import CannotCompress

@@ -16,10 +16,13 @@ from core.models.anatomy import Anatomy
 from core.models.anatomy_find import find_anatomy
 from core.models.anatomy_verify import verify_anatomy
 from core.models.quiet import quiet
+from core.numerics.activations import ActivationScheme, round_input
 from core.registry import Need
 from core.types import Family, ModelRef
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from core.numerics.packed import PackedExperts, PackedTensor
 
 Pooling = Literal["mean", "cls"]
@@ -50,6 +53,8 @@ class LoadedModel:
     """Identity of the anatomy → its largest relative difference, from ``verify_anatomy`` at load."""
     packed: dict[str, PackedTensor | PackedExperts] = field(default_factory=dict)
     """Module path → packed weight; empty unless a compress step put it there."""
+    activations: dict[str, ActivationScheme] = field(default_factory=dict)
+    """Linear layer → what its inputs are rounded to before they are multiplied; see ``round_inputs``."""
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     @property
@@ -94,6 +99,19 @@ class LoadedModel:
         """Whether a method with these needs applies to this model."""
         return not self.missing_needs(needs)
 
+    def round_inputs(self, module: str, scheme: ActivationScheme) -> None:
+        """Round what a linear layer reads from now on (W8A8): every forward pass does it, this one's user and all.
+
+        A layer's scheme is given once: a second one would round what is rounded.
+        """
+        assert module not in self.activations, f"{module}: its inputs are rounded already"
+
+        def rounded(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (round_input(inputs[0], scheme), *inputs[1:])
+
+        self.model.get_submodule(module).register_forward_pre_hook(rounded)
+        self.activations[module] = scheme
+
     def become(self, model: Any) -> None:
         """Replace the model, or take it up anew after its structure or config was edited in place.
 
@@ -111,6 +129,11 @@ class LoadedModel:
 
     def refuse_if_packed(self) -> None:
         """Raise ``CannotCompress`` when an earlier step quantized this model: its structure is then fixed."""
+        if self.activations and not self.packed:
+            raise CannotCompress(
+                "this variant rounds what its linear layers read (W8A8), which only its packed weights can go on doing; "
+                "start from its base, and put the step that rounds inputs last"
+            )
         if self.packed:
             raise CannotCompress(
                 "an earlier step quantized this model, and its codes belong to modules that would be replaced; put the "

@@ -22,8 +22,9 @@ from core.models.checkpoint import fingerprint, read_config, stored_tensors, wei
 from core.models.demo import demo, demo_files
 from core.models.gguf import converted_gguf
 from core.models.loaded import LoadedModel, Pooling
-from core.models.quantized import LIBRARIES, densify
+from core.models.quantized import LIBRARIES, densify, is_lazy, unpack
 from core.models.quiet import quiet
+from core.numerics.activations import ActivationScheme
 from core.types import ModelRef, Progress, silent
 
 VariantFolder = Callable[[str], Path]
@@ -54,7 +55,7 @@ def open_model(
     config = read_config(folder)
     tensors = stored_tensors(weight_files(folder))
     with quiet():
-        model, notes = _load(ref, folder, config, tensors)
+        model, activations, notes = _load(ref, folder, config, tensors)
         progress(1, 3, "checking the anatomy")
         anatomy = _anatomy(model)
         checks = verify_anatomy(model, anatomy)
@@ -75,6 +76,8 @@ def open_model(
         notes=notes,
         checks=checks,
     )
+    for module, scheme in activations.items():
+        loaded.round_inputs(module, scheme)
     progress(3, 3, "open")
     return loaded
 
@@ -108,8 +111,9 @@ def local_folder(
 
 def _load(
     ref: ModelRef, folder: Path, config: dict[str, Any], tensors: dict[str, Any]
-) -> tuple[Any, tuple[str, ...]]:
-    """Build the model and fill it from the checkpoint; returns it with notes on what was left unused."""
+) -> tuple[Any, dict[str, ActivationScheme], tuple[str, ...]]:
+    """Build the model and fill it from the checkpoint; returns it with what its layers' inputs are rounded to, and notes
+    on what was left unused."""
     architecture = _architecture(folder, config)
     auto = next(auto for end, auto in AUTO_CLASSES.items() if architecture.endswith(end))
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": ref.trust_remote_code}
@@ -123,9 +127,10 @@ def _load(
         )
     dtype = "auto" if ref.dtype == "stored" else getattr(torch, ref.dtype)
     try:
+        lazy = by == "compressed-tensors" and is_lazy(quantization or {})
         if quantization is not None and by == "compressed-tensors":
             options["config"] = transformers.AutoConfig.from_pretrained(folder, **options)
-            options["config"].quantization_config = {**quantization, "dequantize": True}
+            options["config"].quantization_config = {**quantization, "dequantize": not lazy}
         model, report = getattr(transformers, auto).from_pretrained(
             folder,
             dtype=dtype,
@@ -134,7 +139,12 @@ def _load(
             ignore_mismatched_sizes=True,  # so that the report names them; they are refused below
             **options,
         )
-        model, note = densify(model, by) if by in LIBRARIES else (model, "")
+        activations: dict[str, ActivationScheme] = {}
+        note = ""
+        if by in LIBRARIES:
+            model, note = densify(model, by)
+        elif lazy:
+            activations, note = unpack(model)
         model = model.to(ref.device)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError) as error:
         if ran_out_of_memory(error):
@@ -149,7 +159,7 @@ def _load(
         if unused
         else ""
     )
-    return model, tuple(filter(None, (note, left)))
+    return model, activations, tuple(filter(None, (note, left)))
 
 
 def _refuse_unreadable(folder: Path, by: str | None) -> None:

@@ -4,22 +4,86 @@ Probes, anatomy checks and gradients want plain linear layers, and a fused kerne
 each quantized layer becomes the dense one whose weights the packed ones stand for, before it has run once:
 bitsandbytes repacks 4-bit weights for its CPU kernel at the first forward pass, and what its ``dequantize`` returns
 after that is wrong (seen with 0.50.2: outputs off by more than their own size). One layer is therefore held against
-its own kernel. compressed-tensors needs none of this: transformers reads it as dense by itself.
+its own kernel.
+
+compressed-tensors' files are read as dense by transformers itself: while loading where all dense weights have one
+scheme, else at the first forward, which ``unpack`` anticipates. The layers' own roundings of their inputs are given
+back as plain data.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from core.errors import CannotOpen
 from core.lazy import torch
+from core.numerics.activations import ActivationScheme
 
 LIBRARIES = ("bitsandbytes", "torchao")
 """Quantization methods, as a config names them, and the packages that read them."""
 TOLERANCE = 0.1
 """Largest difference to the library's own kernel, as a share of the output's root mean square. LLM.int8 rounds
 activations too and is off by about 0.02, a wrong layout by more than 1."""
+
+
+def is_lazy(quantization: Mapping[str, Any]) -> bool:
+    """Whether a compressed-tensors config must be read layer by layer, at the first forward.
+
+    So it must be where it says so, and where dense weights have several schemes: read while loading, all would be taken
+    for the first.
+    """
+    groups = (quantization.get("config_groups") or {}).values()
+    dense = [group for group in groups if not any("experts" in target for target in group["targets"])]
+    return quantization.get("dequantize") is False or len(dense) > 1
+
+
+def unpack(model: Any) -> tuple[dict[str, ActivationScheme], str]:
+    """Make a model that was loaded to be read at its first forward plain and dense, as that forward would.
+
+    Returns what its linear layers' inputs are rounded to, for ``LoadedModel.round_inputs``, and a note where they are
+    rounded in a way that is not known here, and so is left out.
+    """
+    from compressed_tensors.compressors.base import decompress_module
+
+    activations, unknown = {}, []
+    for name, module in list(model.named_modules()):
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is None:
+            continue
+        if scheme.input_activations is not None:
+            found = _activation(module, scheme.input_activations)
+            if found is None:
+                unknown.append(name)
+            else:
+                activations[name] = found
+        decompress_module(module, leave_decompressed=False)
+        vars(module).pop("forward", None)
+        for part in ("weight_shape", "input_scale", "input_zero_point"):
+            if hasattr(module, part):
+                delattr(module, part)
+    if hasattr(model, "ct_decompress_hook"):
+        model.ct_decompress_hook.remove()
+        del model.ct_decompress_hook
+    model.hf_quantizer.remove_quantization_config(model)
+    note = (
+        f"{len(unknown)} layers round their inputs in a way that is not reproduced here (first {unknown[0]}): their "
+        "weights are as stored, their inputs exact."
+        if unknown
+        else ""
+    )
+    return activations, note
+
+
+def _activation(module: Any, args: Any) -> ActivationScheme | None:
+    """The scheme of a linear layer's inputs; None where it is none of ours."""
+    known = args.type == "int" and args.symmetric and args.num_bits == 8
+    if known and args.dynamic is True and args.strategy == "token":
+        return ActivationScheme()
+    if known and args.dynamic is False and args.strategy == "tensor":
+        return ActivationScheme(scale=float(module.input_scale.detach()))
+    return None
 
 
 def densify(model: Any, method: str) -> tuple[Any, str]:

@@ -46,6 +46,8 @@ class PackedTensor:
     scheme: Scheme
     global_scale: Tensor | None = None
     """NVFP4: what the block scales were multiplied by before they were stored, [.., 1, 1] float32."""
+    product_dtype: torch.dtype | None = None
+    """What integer codes and scales are multiplied in; None: the scale's own. See ``core.compress._description``."""
 
     def dequantize(self) -> Tensor:
         """The weight [R, C], rounded as its loader rounds.
@@ -68,10 +70,11 @@ class PackedTensor:
                 assert self.global_scale is not None
                 scale_RG = self.scale.float() / self.global_scale
                 return _times(decode(self.codes, E2M1), scale_RG).bfloat16()
-        groups_RGK = grouped(self.codes, self.scale.shape[-1]).to(self.scale.dtype)
+        scale_RG = self.scale.to(self.product_dtype or self.scale.dtype)
+        groups_RGK = grouped(self.codes, scale_RG.shape[-1]).to(scale_RG.dtype)
         if self.zero_point is not None:
             groups_RGK -= self.zero_point.unsqueeze(-1)
-        return groups_RGK.mul_(self.scale.unsqueeze(-1)).flatten(-2)
+        return groups_RGK.mul_(scale_RG.unsqueeze(-1)).flatten(-2)
 
     def spread_scale(self) -> Tensor:
         """A float8's scale in float32, in a shape that multiplies the codes."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 
+from core.compress._description import settle
 from core.compress._store import SavedFiles, save_variant
 from core.models.loaded import LoadedModel
 from core.models.open import open_model
@@ -31,6 +32,7 @@ def apply(loaded: LoadedModel, method: str, **settings: Any) -> Result:
 
 def save(loaded: LoadedModel, result: Result, folder: Path) -> SavedFiles:
     """Write what ``apply`` made."""
+    settle(loaded)
     return save_variant(loaded, folder, frame=result.frame, provenance={"recipe": {}})
 
 
