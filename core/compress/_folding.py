@@ -18,6 +18,7 @@ from core.errors import CannotCompress
 from core.lazy import torch
 from core.models.anatomy import Anatomy, Block, Path
 from core.models.experts import is_transposed
+from core.models.weights import split_heads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ class Matrix:
 
     def read(self, model: Any) -> Tensor:
         """The matrix in float64, [..., O, I]."""
-        weight = model.get_parameter(self.name).data.double()
+        weight: Tensor = model.get_parameter(self.name).data.double()
         return weight.transpose(-1, -2) if self.transposed else weight
 
     def write(self, model: Any, weight_OI: Tensor) -> None:
@@ -55,21 +56,23 @@ class Fed:
 
     norm: Path
     readers: tuple[Matrix, ...]
-    block: Block | None
-    """None for the final norm."""
 
 
 def fed_by_norms(model: Any, anatomy: Anatomy) -> tuple[Fed, ...]:
     """Every norm whose output is read by matrices alone, in order, the final one last; for pre-norm layers with heads."""
-    found: list[Fed] = []
-    for block in anatomy.blocks:
-        by_norm: dict[Path, list[Matrix]] = {}
-        by_norm.setdefault(block.attention_norm, []).extend(attention_readers(model, block))
-        by_norm.setdefault(block.mlp_norm, []).extend(mlp_readers(model, block))
-        found += [Fed(norm, tuple(readers), block) for norm, readers in by_norm.items()]
+    found = [fed for block in anatomy.blocks for fed in fed_in_block(model, block)]
     if anatomy.final_norm is not None and anatomy.unembedding is not None:
-        found.append(Fed(anatomy.final_norm, (linear(model, anatomy.unembedding),), None))
+        found.append(Fed(anatomy.final_norm, (linear(model, anatomy.unembedding),)))
     return tuple(found)
+
+
+def fed_in_block(model: Any, block: Block) -> tuple[Fed, ...]:
+    """The block's norms before attention and MLP with their readers; one entry where both read the same norm."""
+    by_norm: dict[Path, list[Matrix]] = {}
+    if block.has_pattern:
+        by_norm.setdefault(block.attention_norm, []).extend(attention_readers(model, block))
+    by_norm.setdefault(block.mlp_norm, []).extend(mlp_readers(model, block))
+    return tuple(Fed(norm, tuple(readers)) for norm, readers in by_norm.items())
 
 
 def attention_readers(model: Any, block: Block) -> list[Matrix]:
@@ -84,7 +87,7 @@ def mlp_readers(model: Any, block: Block) -> list[Matrix]:
     found = [linear(model, path) for path in (*paths, *shared) if path is not None]
     if block.experts is not None:
         gated = hasattr(model.get_submodule(block.experts), "gate_up_proj")
-        found.append(_fused(model, block.experts, "gate_up_proj" if gated else "up_proj"))
+        found.append(fused(model, block.experts, "gate_up_proj" if gated else "up_proj"))
     return found
 
 
@@ -94,7 +97,7 @@ def writers(model: Any, block: Block) -> Iterator[Matrix]:
     if block.down is not None:
         yield linear(model, block.down)
     if block.experts is not None:
-        yield _fused(model, block.experts, "down_proj")
+        yield fused(model, block.experts, "down_proj")
     if block.shared_expert is not None:
         yield linear(model, f"{block.shared_expert}.down_proj")
 
@@ -106,7 +109,8 @@ def linear(model: Any, path: Path) -> Matrix:
     return Matrix(f"{path}.weight", hasattr(module, "nf"), bias)
 
 
-def _fused(model: Any, experts: Path, name: str) -> Matrix:
+def fused(model: Any, experts: Path, name: str) -> Matrix:
+    """All experts' matrices of one name."""
     module = model.get_submodule(experts)
     bias = f"{name}_bias"
     return Matrix(
@@ -147,7 +151,8 @@ def logits_on_probe(model: Any, anatomy: Anatomy) -> Tensor:
     """The model's outputs on two fixed sequences of tokens, in float64."""
     length = min(PROBE_TOKENS, anatomy.context_length)
     ids = (torch.arange(2 * length) * 7919 + 13) % anatomy.vocab_size
-    return output_of(model, {"input_ids": ids.reshape(2, length).to(model.device)}).double()
+    logits: Tensor = output_of(model, {"input_ids": ids.reshape(2, length).to(model.device)})
+    return logits.double()
 
 
 def exactness_gap(before: Tensor, after: Tensor, *, dtype: str, what: str) -> float:
@@ -159,3 +164,10 @@ def exactness_gap(before: Tensor, after: Tensor, *, dtype: str, what: str) -> fl
             "what was changed in a way that is not known here; leave this step out for this architecture"
         )
     return gap
+
+
+def value_rows(model: Any, anatomy: Anatomy, block: Block) -> tuple[Matrix, Tensor]:
+    """The matrix that makes the values, and which of its rows are each key/value head's, [G, K]."""
+    values = linear(model, block.v)
+    rows = torch.arange(values.read(model).shape[-2], device=model.device)
+    return values, split_heads(anatomy, rows[None, None], "v")[0, 0]

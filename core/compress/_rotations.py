@@ -47,7 +47,8 @@ def rotation_around_ones(n: int, *, seed: int) -> Tensor:
 def uniform_orthogonal(n: int, generator: torch.Generator) -> Tensor:
     """An orthogonal [n, n] drawn uniformly: the Q of a Gaussian matrix, its signs made unique."""
     q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
-    return q * r.diagonal().sign()
+    unique: Tensor = q * r.diagonal().sign()
+    return unique
 
 
 @cache

@@ -11,14 +11,13 @@ from pydantic import Field, model_validator
 
 from core.compress._folding import (
     Fed,
-    Matrix,
-    attention_readers,
     exactness_gap,
     fed_by_norms,
     linear,
     logits_on_probe,
     norm_weight,
     set_norm,
+    value_rows,
     writers,
 )
 from core.compress._rotations import hadamard_plan, rotation, rotation_around_ones
@@ -26,9 +25,8 @@ from core.compress._structure import Inventory, structural_result
 from core.compress._targets import targets
 from core.errors import CannotCompress
 from core.lazy import torch
-from core.models.anatomy import Anatomy, Block
+from core.models.anatomy import Anatomy
 from core.models.loaded import LoadedModel
-from core.models.weights import split_heads
 from core.registry import Settings, method
 from core.types import Documents, Metric, Progress, Result, View
 
@@ -68,7 +66,10 @@ def _left(anatomy: Anatomy, settings: Any) -> dict[str, float]:
     return {"embedding": 1 + anatomy.vocab_size / (anatomy.vocab_size + positions)}
 
 
-@method("compress", title="Rotate", needs=["decoder"], paper="https://arxiv.org/abs/2404.00456", left=_left)
+@method(
+    "compress", title="Rotate", needs=["decoder"], paper="https://arxiv.org/abs/2404.00456", left=_left,
+    group="transform",
+)  # fmt: skip
 def run(
     loaded: LoadedModel, calibration: Documents | None, progress: Progress, settings: RotateSettings
 ) -> Result:
@@ -236,7 +237,7 @@ def _turn_values(loaded: LoadedModel, *, seed: int) -> str:
     model, anatomy = loaded.model, loaded.anatomy
     turn_KK = rotation(anatomy.head_dim, seed=seed).to(model.device)
     for block in anatomy.blocks:
-        values, rows_GK = _value_rows(model, anatomy, block)
+        values, rows_GK = value_rows(model, anatomy, block)
         weight_OI = values.read(model).clone()
         weight_OI[rows_GK] = turn_KK.T @ weight_OI[rows_GK]
         values.write(model, weight_OI)
@@ -254,15 +255,6 @@ def _turn_values(loaded: LoadedModel, *, seed: int) -> str:
         else "a uniform random rotation"
     )
     return f"Every head's {anatomy.head_dim} value channels were turned by {kind}."
-
-
-def _value_rows(model: Any, anatomy: Anatomy, block: Block) -> tuple[Matrix, Tensor]:
-    """The matrix that makes the values, and which of its rows are each key/value head's, [G, K]."""
-    values = linear(model, block.v)
-    assert values in attention_readers(model, block)
-    n_rows = values.read(model).shape[-2]
-    rows = split_heads(anatomy, torch.arange(n_rows, device=model.device)[None, None], "v")
-    return values, rows[0, 0]
 
 
 def _incoherence(loaded: LoadedModel) -> pd.DataFrame:
