@@ -48,8 +48,8 @@ class Menu:
     def __post_init__(self) -> None:
         shape = (len(self.groups), len(self.choices))
         assert self.bytes_GC.shape == self.loss_GC.shape == shape, f"a menu is groups by choices, {shape}"
-        empty = [group for group, free in zip(self.groups, self.allowed_GC.any(1), strict=True) if not free]
-        assert not empty, f"no choice is left for {empty[0]}"
+        empty_G = ~self.allowed_GC.any(axis=1)
+        assert not empty_G.any(), f"no choice is left for {self.groups[int(empty_G.argmax())]}"
 
     @property
     def allowed_GC(self) -> NDArray[np.bool_]:

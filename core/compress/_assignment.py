@@ -15,9 +15,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from core.compress._allocation import Allocation, Menu, OverBudget, allocate
-from core.compress._formats import Format, read_format
+from core.compress._formats import is_plain, is_symmetric, read_format
 from core.errors import BadInput
-from core.numerics.schemes import IntegerScheme
 
 Score = Literal["exact", "fisher"]
 LOSS_OF: dict[Score, str] = {"exact": "loss", "fisher": "fisher"}
@@ -47,24 +46,19 @@ def menu_of(cells: pd.DataFrame, *, fixed_bytes: int, score: Score) -> Menu:
 
 
 def readable(menu: Menu, kind_of: Mapping[str, str]) -> list[NDArray[np.bool_]]:
-    """The kinds of file plain transformers reads, as masks [G, C] of what each may hold.
+    """The kinds of file that plain transformers reads (``core.compress._description``), as masks [G, C].
 
-    Many symmetric grids side by side, tables plain: where there are no experts. Or one grid for all dense weights and
-    tables, and one for experts. Floats and kept weights may stand beside either.
+    Read layer by layer: each linear layer its own symmetric format, tables plain. Read while loading: one format for all
+    matrices and tables, which may have zero points. Experts share one format either way; what is plain fits anywhere.
     """
-    kinds = np.array([kind_of[group] for group in menu.groups])
-    grids = [read_format(name) for name in menu.choices]
-    plain_C = np.array([not isinstance(grid, IntegerScheme) for grid in grids])
-    symmetric_C = np.array([isinstance(grid, IntegerScheme) and grid.symmetric for grid in grids])
-    experts_G1, table_G1 = (kinds == "experts")[:, None], (kinds == "table")[:, None]
-    found = []
-    if not experts_G1.any():
-        found.append(plain_C | (symmetric_C & ~table_G1))
-    one_each = [np.arange(len(grids)) == index for index in np.nonzero(~plain_C)[0]]
-    for dense_C in one_each:
-        for expert_C in one_each if experts_G1.any() else one_each[:1]:
-            found.append(plain_C | np.where(experts_G1, expert_C, dense_C))
-    return found or [plain_C | np.zeros((len(kinds), 1), bool)]
+    kinds = np.array([kind_of[group] for group in menu.groups])[:, None]
+    formats = [read_format(name) for name in menu.choices]
+    plain_C = np.array([is_plain(format_) for format_ in formats])
+    symmetric_C = np.array([is_symmetric(format_) for format_ in formats])
+    one_each = [np.arange(len(formats)) == index for index in np.nonzero(~plain_C)[0]]
+    dense = [(symmetric_C & (kinds == "linear")), *((one_C & (kinds != "experts")) for one_C in one_each)]
+    experts = [one_C & (kinds == "experts") for one_C in one_each] if (kinds == "experts").any() else [False]
+    return [plain_C | of_dense | of_experts for of_dense in dense for of_experts in experts or [False]]
 
 
 def allocate_readable(
@@ -92,8 +86,8 @@ def allocate_readable(
     if refusals:
         raise min(refusals, key=lambda error: error.minimum)
     raise BadInput(
-        "these pins cannot stand in one file: transformers reads several grids side by side only where all are symmetric, "
-        "tables are plain and there are no experts; else one grid for dense weights and one for experts"
+        "these pins cannot stand in one file: transformers reads several formats side by side only in linear layers, "
+        "without zero points, with embeddings as plain floats (float8, bfloat16, keep), and one format for all experts"
     )
 
 
@@ -118,11 +112,6 @@ def read_assignment(text: str, what: str = "assignment") -> dict[str, str]:
         read_format(choice)
         found[group] = choice
     return found
-
-
-def schemes_of(choice_of: Mapping[str, str]) -> dict[str, Format]:
-    """Group → format."""
-    return {group: read_format(choice) for group, choice in choice_of.items()}
 
 
 def read_budget(text: str, n_parameters: int) -> int:

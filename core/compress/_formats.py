@@ -10,8 +10,15 @@ from core.numerics.schemes import FloatScheme, IntegerScheme
 Format = IntegerScheme | FloatScheme | None
 """What a group is stored as; None: as it is."""
 KEEP = "keep"
-FLOATS = {"float8": FloatScheme("float8_e4m3fn"), "bfloat16": FloatScheme("bfloat16")}
-EXAMPLES = "int2g32, int4g32, int4g32a (with zero points), int8 (a scale per row), float8, bfloat16, keep"
+FLOATS = {
+    "float8": FloatScheme("float8_e4m3fn"),
+    "float8row": FloatScheme("float8_e4m3fn", "row"),
+    "bfloat16": FloatScheme("bfloat16"),
+}
+"""Without scales, with a scale per row (for matrices: their weights are small), 16 bits."""
+EXAMPLES = (
+    "int2g32, int4g32, int4g32a (with zero points), int8 (a scale per row), float8, float8row, bfloat16, keep"
+)
 _INTEGER = re.compile(r"int(?P<bits>[2-8])(?:g(?P<group>32|64|128))?(?P<affine>a?)")
 
 
@@ -35,3 +42,13 @@ def read_formats(text: str) -> dict[str, Format]:
     if not names:
         raise BadInput(f"no format is given; write e.g. {EXAMPLES}")
     return {name: read_format(name) for name in names}
+
+
+def is_plain(format_: Format) -> bool:
+    """Whether it is stored as floats without scales, which fits beside anything."""
+    return format_ is None or (isinstance(format_, FloatScheme) and format_.scale == "none")
+
+
+def is_symmetric(format_: Format) -> bool:
+    """Whether it has scales and no zero points."""
+    return not is_plain(format_) and not (isinstance(format_, IntegerScheme) and not format_.symmetric)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from core.compress._formats import Format
+from core.compress._formats import Format, is_plain
 from core.compress._grid import rounded
 from core.compress._layout import file_entries
 from core.compress._targets import Target, targets
@@ -26,7 +26,9 @@ from core.numerics.sizes import DTYPE_NAMES, Entry, entries_of, file_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["dense", "experts", "table"]
+Kind = Literal["linear", "matrix", "experts", "fused", "table"]
+"""What decides how it can be stored: a matrix is dense but no ``nn.Linear`` (GPT-2's Conv1D); fused experts are one tensor
+in the file too, which nothing can pack."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def weight_groups(loaded: LoadedModel) -> tuple[WeightGroup, ...]:
     if not found:
         raise CannotCompress(f"{loaded.anatomy.architecture} has no weight that could be stored otherwise")
     return tuple(
-        WeightGroup(name, of[0].layer, name.rpartition(".")[2], _kind(of[0]), tuple(of))
+        WeightGroup(name, of[0].layer, name.rpartition(".")[2], _kind(loaded, of[0]), tuple(of))
         for name, of in found.items()
     )
 
@@ -74,16 +76,21 @@ def part_of_block(anatomy: Anatomy, target: Target) -> str | None:
     return str(target.component)
 
 
-def _kind(target: Target) -> Kind:
+def _kind(loaded: LoadedModel, target: Target) -> Kind:
     if target.layout == "experts":
-        return "experts"
-    return "table" if target.layout == "embedding" else "dense"
+        return "experts" if all(len(shape) == 2 for shape in _pieces(loaded, target).values()) else "fused"
+    if target.layout == "embedding":
+        return "table"
+    plain = type(loaded.model.get_submodule(target.module)) is torch.nn.Linear
+    return "linear" if plain else "matrix"
 
 
 def fits(group: WeightGroup, format_: Format, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a group can take a format at all: its rows divide into groups, experts have no zero points."""
+    """Whether a group can take a format at all: its rows divide, experts have no zero points, fused ones no scales."""
     if not isinstance(format_, IntegerScheme):
-        return True
+        return is_plain(format_) or group.kind != "fused"
+    if group.kind == "fused":
+        return False
     if group.kind == "experts" and not format_.symmetric:
         return False
     size = format_.group_size

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 FEWEST = 2
 DRAWS = 1000
+INTERVAL = f"bootstrap over windows of different documents, {DRAWS} draws, expanded percentile"
 AT_ONCE = 2048
 """Tokens that run together: more are no faster on a processor."""
 

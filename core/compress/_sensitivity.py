@@ -15,7 +15,7 @@ Legend: W windows, P positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,7 @@ class Gradients:
 def table(
     loaded: LoadedModel,
     groups: Sequence[WeightGroup],
-    formats: Mapping[str, Format],
+    formats_of: Callable[[WeightGroup], Mapping[str, Format]],
     *,
     reruns: Reruns | None,
     gradients: Gradients | None,
@@ -74,7 +74,7 @@ def table(
     rows = []
     for done, group in enumerate(groups):
         n_values = sum(parameters[target.name].numel() for target in group.targets)
-        for name, format_ in formats.items():
+        for name, format_ in formats_of(group).items():
             if not fits(group, format_, shapes):
                 continue
             progress(done, len(groups), f"{group.name} as {name}")

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 
 from core.compress._formats import EXAMPLES, KEEP, read_formats
 from core.compress._groups import FileSizes, weight_groups
-from core.compress._rerun import DRAWS, Reruns, equal_windows
+from core.compress._rerun import INTERVAL, Reruns, equal_windows
 from core.compress._sensitivity import drops, gradients_of, rank_correlation, table, together
 from core.evaluate._intervals import MIN_DOCUMENTS
 from core.lazy import torch
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 FORMATS = "int2g32, int3g32, int4g32, int6g32, int8, float8"
 PARTS_PER_LAYER = 4
-INTERVAL = f"bootstrap over windows of different documents, {DRAWS} draws, expanded percentile"
 
 
 class LayerSensitivitySettings(Settings):
@@ -118,7 +117,7 @@ def layer_sensitivity(
         with torch.inference_mode():
             reruns = None if settings.measure == "fisher" else Reruns(loaded, ids_WP)
             cells = table(
-                loaded, groups, formats, reruns=reruns, gradients=scored, progress=part_of(progress, 0.1, 0.9)
+                loaded, groups, lambda group: formats, reruns=reruns, gradients=scored, progress=part_of(progress, 0.1, 0.9)
             )  # fmt: skip
             frames = {"cells": cells}
             gap = None

@@ -1,0 +1,266 @@
+"""Mixed precision: a format for every part of every layer, so that a byte budget costs as little as it can."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import Field, field_validator
+
+from core.compress._assignment import LOSS_OF, allocate_readable, read_assignment, read_budget, written
+from core.compress._description import refuse_mixture
+from core.compress._formats import EXAMPLES, KEEP, Format, read_format, read_formats
+from core.compress._grid import put, refuse_packed
+from core.compress._groups import FileSizes, WeightGroup, in_format, weight_groups
+from core.compress._report import VIEWS, headline, untouched_note
+from core.compress._report import table as report
+from core.compress._rerun import INTERVAL, Reruns, equal_windows
+from core.compress._sensitivity import gradients_of, table
+from core.compress._targets import targets
+from core.errors import BadInput, CannotCompress
+from core.models.fp32_path import fast_fp32
+from core.registry import Settings, method
+from core.types import Cost, Documents, Metric, Progress, Provenance, Result, View, part_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from core.models.anatomy import Anatomy
+    from core.models.loaded import LoadedModel
+
+FORMATS = "int2g32, int3g32, int4g32, int5g32, int6g32, int8, float8, bfloat16"
+STAGES = 8
+"""Times the loss is measured while the parts are stored one after the other."""
+
+
+class MixedPrecisionSettings(Settings):
+    """The budget, what may be chosen, and how choices are judged."""
+
+    budget: str = Field(
+        "4.5bpw",
+        max_length=40,
+        description="Bytes of the weight file: 60MB, 1.2GB, or 4.5bpw (bits per weight, every parameter counted)",
+    )
+    formats: str = Field(FORMATS, max_length=400, description=f"Formats a part may get, e.g. {EXAMPLES}")
+    score: Literal["fisher", "exact"] = Field(
+        "fisher",
+        description="What a choice costs: estimated from one backward pass, or the measured KL of each part in each format",
+    )
+    pins: str = Field(
+        "", max_length=20_000, description="Choices made beforehand, e.g. 3.down:int8, embedding:bfloat16"
+    )
+    assignment: str = Field(
+        "",
+        max_length=200_000,
+        description="Every part's format, as a budget's slider gives it; empty: the best in the budget is searched",
+    )
+    samples: int = Field(16, ge=2, le=1024, description="Windows of text, each of another document")
+    sample_tokens: int = Field(128, ge=8, le=8192, description="Tokens per window")
+
+    @field_validator("formats")
+    @classmethod
+    def _known_formats(cls, value: str) -> str:
+        read_formats(value)
+        return value
+
+    @field_validator("pins", "assignment")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        read_assignment(value)
+        return value
+
+    @field_validator("budget")
+    @classmethod
+    def _a_size(cls, value: str) -> str:
+        read_budget(value, 1)
+        return value
+
+
+def _cost(anatomy: Anatomy, n_tokens: int, settings: MixedPrecisionSettings) -> Cost:
+    """Forward passes over windows; measured scores rerun half the model per part and format."""
+    parts = 4 * anatomy.n_layers + 2
+    tried = (
+        0 if settings.score == "fisher" else 1 if settings.assignment else len(read_formats(settings.formats))
+    )
+    tokens = settings.samples * min(settings.sample_tokens, anatomy.context_length)
+    extra = 4 * tokens * (anatomy.n_layers * anatomy.d_model + 3 * anatomy.vocab_size)
+    weights = 4 * anatomy.n_layers * (4 * anatomy.d_model**2 + 3 * anatomy.d_model * anatomy.d_ff)
+    gradients = 2 * (weights + 4 * anatomy.vocab_size * anatomy.d_model)
+    return Cost(settings.samples * (6 + STAGES + parts * tried / 2), extra + (0 if tried else gradients))
+
+
+@method(
+    "compress",
+    title="Mixed precision",
+    needs=["text", "calibration"],
+    paper="https://arxiv.org/abs/1911.03852",
+    cost=_cost,
+)
+def run(
+    loaded: LoadedModel, calibration: Documents | None, progress: Progress, settings: MixedPrecisionSettings
+) -> Result:
+    """Spend a budget of bytes where it saves most: every part of every layer gets its own format, chosen exactly.
+
+    Each part (q, k and v together, o, gate and up together, down, the experts of a layer, embedding, head) in each format
+    has bytes and a loss: a Fisher estimate of KL(as it is ‖ with that part changed), or that KL measured. The assignment
+    with the smallest summed loss whose file fits the budget is found by integer programming, and is optimal among those
+    that plain transformers can read; weights are rounded to nearest. While the parts are stored one after the other,
+    least loss first, the real KL is measured, so that what was predicted can be held against what came.
+    """
+    assert calibration is not None, "the registry's `needs` bring calibration text"
+    started = time.monotonic()
+    refuse_packed(loaded)
+    groups = weight_groups(loaded)
+    offered = _offered(groups, settings)
+    ids_WP = equal_windows(
+        loaded, calibration, samples=settings.samples, sample_tokens=settings.sample_tokens
+    )
+    with fast_fp32(n_experts=loaded.anatomy.n_experts):
+        reruns = Reruns(loaded, ids_WP)
+        cells = _cells(loaded, groups, offered, ids_WP, reruns, settings, part_of(progress, 0.0, 0.7))
+        chosen, promised = _chosen(loaded, groups, cells, settings)
+        rows, curve = _store(loaded, groups, chosen, reruns, settings, part_of(progress, 0.7, 1.0))
+    frame = report(rows)
+    unit = "nats" if loaded.family == "decoder" else "1 - cosine"
+    n_tokens = int(ids_WP.numel())
+    notes = (*_notes(chosen, curve, promised, settings, unit), untouched_note(frame))
+    return Result(
+        {"main": frame, "parts": chosen, "curve": curve, "cells": cells},
+        (*_views(unit), *VIEWS),
+        (*_metrics(curve, promised, n_tokens, unit), *headline(frame)),
+        Provenance(
+            "mixed_precision", settings.model_dump(mode="json"), loaded.fingerprint,
+            inputs={"calibration": calibration.fingerprint}, dtype=loaded.dtype, device=loaded.device,
+            conditions={
+                "calibration": calibration.name, "windows": len(ids_WP), "tokens": n_tokens, "loss_unit": unit,
+                "assignment": written(dict(zip(chosen["group"], chosen["format"], strict=True))),
+            },
+            seconds=time.monotonic() - started,
+        ),
+        tuple(note for note in notes if note),
+    )  # fmt: skip
+
+
+def _offered(groups: Sequence[WeightGroup], settings: MixedPrecisionSettings) -> dict[str, dict[str, Format]]:
+    """Group → the formats it may get: those asked for and its pin; of an assignment, the one that it names."""
+    names = [group.name for group in groups]
+    given, pins = read_assignment(settings.assignment), read_assignment(settings.pins, "pin")
+    for unknown in (name for name in {**given, **pins} if name not in names):
+        raise BadInput(f"{unknown!r} is no part of this model; its parts are: {', '.join(names)}")
+    if given:
+        return {name: read_formats(given.get(name, KEEP)) for name in names}
+    wanted = {**read_formats(settings.formats), KEEP: None}
+    return {name: {**wanted, **(read_formats(pins[name]) if name in pins else {})} for name in names}
+
+
+def _cells(
+    loaded: LoadedModel, groups: Sequence[WeightGroup], offered: Mapping[str, Mapping[str, Format]], ids_WP: Tensor,
+    reruns: Reruns, settings: MixedPrecisionSettings, progress: Progress,
+) -> pd.DataFrame:  # fmt: skip
+    """The sensitivities that the choice is made by. Raises ``CannotCompress`` where a group can have none of its formats."""
+    gradients = None
+    if settings.score == "fisher":
+        gradients = gradients_of(loaded, groups, ids_WP, part_of(progress, 0.0, 0.5))
+    cells = table(
+        loaded, groups, lambda group: offered[group.name], reruns=reruns if gradients is None else None,
+        gradients=gradients, progress=part_of(progress, 0.5, 1.0),
+    )  # fmt: skip
+    left_out = set(offered) - set(cells["group"])
+    if left_out:
+        name = min(left_out)
+        raise CannotCompress(
+            f"{name} cannot be {', '.join(offered[name])}: its rows do not divide into such groups, or it has experts, which "
+            "are stored without zero points; choose another format"
+        )
+    return cells
+
+
+def _chosen(
+    loaded: LoadedModel, groups: Sequence[WeightGroup], cells: pd.DataFrame, settings: MixedPrecisionSettings
+) -> tuple[pd.DataFrame, int]:
+    """The rows of the table that were chosen, and the bytes of the file they promise."""
+    fixed = FileSizes(loaded, groups).fixed
+    if settings.assignment:
+        chosen = cells
+    else:
+        n_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+        best = allocate_readable(
+            cells, read_budget(settings.budget, n_parameters), fixed_bytes=fixed, score=settings.score,
+            pins=read_assignment(settings.pins, "pin"),
+        )  # fmt: skip
+        chosen = cells[cells["format"] == cells["group"].map(best.choice_of)].reset_index(drop=True)
+    format_of = {row["group"]: read_format(row["format"]) for row in chosen.to_dict("records")}
+    schemes = {t.name: format_of[group.name] for group in groups for t in group.targets}
+    refuse_mixture(loaded, {name: scheme for name, scheme in schemes.items() if scheme is not None})
+    return chosen, int(chosen["bytes"].sum()) + fixed
+
+
+def _store(
+    loaded: LoadedModel, groups: Sequence[WeightGroup], chosen: pd.DataFrame, reruns: Reruns,
+    settings: MixedPrecisionSettings, progress: Progress,
+) -> tuple[list[dict[str, Any]], pd.DataFrame]:  # fmt: skip
+    """Store the parts one after the other, least loss first; the report's lines, and predicted against measured loss."""
+    column = LOSS_OF[settings.score]
+    order = chosen.sort_values(column, kind="stable")
+    by_name = {group.name: group for group in groups}
+    stops = set(np.linspace(0, len(order), STAGES + 1).round().astype(int)[1:].tolist())
+    lines: dict[str, dict[str, Any]] = {}
+    points = []
+    for done, row in enumerate(order.to_dict("records"), start=1):
+        progress(done, len(order), f"storing {row['group']} as {row['format']}")
+        for target in by_name[row["group"]].targets:
+            before = loaded.model.get_parameter(target.name).data
+            packed = in_format(target, before, read_format(row["format"]))
+            lines[target.name] = put(loaded, target, packed, before)
+            if packed is None:
+                lines[target.name]["reason"] = "kept by the assignment"
+        if done in stops:
+            predicted = float(order[column].iloc[:done].sum())
+            points.append({"parts": done, "predicted": predicted, **reruns.summed_up(reruns.loss_W(0))})
+    todo = targets(loaded)
+    for target in todo:
+        if target.name not in lines:
+            weight = loaded.model.get_parameter(target.name).data
+            lines[target.name] = put(loaded, target, None, weight)
+    return [lines[target.name] for target in todo], pd.DataFrame(points)
+
+
+def _metrics(curve: pd.DataFrame, promised: int, n_tokens: int, unit: str) -> tuple[Metric, ...]:
+    last = curve.to_dict("records")[-1]
+    return (
+        Metric("predicted_loss", last["predicted"], unit, "lower"),
+        Metric("measured_loss", last["loss"], unit, "lower", n_tokens, last["loss_low"], last["loss_high"], INTERVAL),
+        Metric("promised_bytes", promised, "B", "neither"),
+    )  # fmt: skip
+
+
+def _notes(
+    chosen: pd.DataFrame, curve: pd.DataFrame, promised: int, settings: MixedPrecisionSettings, unit: str
+) -> tuple[str, ...]:
+    last = curve.to_dict("records")[-1]
+    bits = chosen.groupby("format", sort=False)["parameters"].sum().sort_values(ascending=False)
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in (bits / bits.sum()).items())
+    how = "the Fisher score" if settings.score == "fisher" else "the measured losses of its parts"
+    asked = "as assigned" if settings.assignment else f"within {settings.budget}"
+    stored = f"{promised / 1e6:.2f} MB {asked}. Share of the parts' parameters by format: {shares}."
+    came = (
+        f"By {how} a loss of {last['predicted']:.4g} {unit} was predicted; on the same calibration text "
+        f"{last['loss']:.4g} came. The evaluation measures it on other text."
+    )
+    return stored, came
+
+
+def _views(unit: str) -> tuple[View, ...]:
+    return (
+        View(
+            "heatmap", x="part", y="layer", color="bits", text="format", frame="parts",
+            title="What each part is stored as", unit="bit", tooltip=("group", "bytes", "loss", "fisher"),
+        ),
+        View(
+            "scatter", x="predicted", y="loss", frame="curve", unit=unit, log=True,
+            title="Predicted against measured, part by part", tooltip=("parts", "loss_low", "loss_high"),
+        ),
+    )  # fmt: skip
