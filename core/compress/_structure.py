@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -58,6 +58,15 @@ class Inventory:
         started = time.monotonic()
         parameters = dict(loaded.model.named_parameters())
         return cls({t.module: _held(t, parameters[t.name].data) for t in targets(loaded)}, started)
+
+    def moved(self, new_name: Callable[[str], str]) -> Inventory:
+        """The same where tensors will have other names: ``new_name`` of each is no other's, also of those that go."""
+        found = {
+            new_name(module): replace(held, target=replace(held.target, name=new_name(held.target.name)))
+            for module, held in self.held.items()
+        }
+        assert len(found) == len(self.held), "two tensors would share a name"
+        return Inventory(found, self.started)
 
 
 def structural_result(
