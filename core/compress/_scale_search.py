@@ -122,8 +122,8 @@ def search_scales(
 def fit_to_inputs(
     groups_RGK: Tensor, grid: Grid, gram_II: Tensor, *, transposed: bool, clip_steps: int, max_shrink: float,
     refits: int,
-) -> Grid:  # fmt: skip
-    """A grid whose ranges are clipped, and scales refitted, where that moves the outputs less.
+) -> tuple[Grid, float]:  # fmt: skip
+    """A grid whose ranges are clipped, and scales refitted, where that moves the outputs less; and the outputs' loss.
 
     Each group is judged by its own inputs, eᵀ H_gg e, as if the other groups of its row were exact; where groups run
     along outputs (``transposed``), all values of one have the same input, and it is judged by the square of its error. If
@@ -144,7 +144,8 @@ def fit_to_inputs(
     ratios = [1 - max_shrink * step / clip_steps for step in range(1, clip_steps + 1)]
     fitted = clipped_grid(groups_RGK, grid, error_of, ratios=ratios)
     fitted = refitted_grid(groups_RGK, fitted, gram_GKK, error_of, rounds=refits)
-    return fitted if loss_of(fitted) < loss_of(grid) else grid
+    before, after = loss_of(grid), loss_of(fitted)
+    return (fitted, after) if after < before else (grid, before)
 
 
 def diagonal_blocks(gram_II: Tensor, groups: int) -> Tensor:

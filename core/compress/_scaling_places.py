@@ -11,12 +11,15 @@ Legend: ``I`` inputs of the readers, ``S`` scales, ``G`` key/value heads, ``K`` 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from core.compress._folding import EXACT, fed_in_block, fused, linear, scale_out_of_norm, value_rows
 from core.compress._folding import Matrix as Folded
-from core.compress._folding import fed_in_block, fused, linear, scale_out_of_norm, value_rows
 from core.compress._matrices import Matrix, matrices
+from core.compress._walk import Collected
+from core.errors import CannotCompress
 from core.lazy import torch
 from core.models.anatomy import Anatomy, Block
 from core.models.experts import gate_and_up
@@ -48,6 +51,23 @@ class Place:
     """A statistic per input [I] → per scale [S]."""
     spread: Spread = _as_it_is
     """Scales [S] → one per input [I]."""
+
+
+@contextmanager
+def unchanged(loaded: LoadedModel, block: Block, collected: Collected) -> Iterator[list[float]]:
+    """Scales are applied inside; behind it, the list holds how far the block's output moved, relative to its size.
+
+    Raises ``CannotCompress`` where it moved by more than rounding.
+    """
+    probe_bPD, gaps = collected.stream_BPD[:1], list[float]()
+    before_bPD = collected.run(probe_bPD).clone()
+    yield gaps
+    gaps.append(float((collected.run(probe_bPD) - before_bPD).norm() / before_bPD.norm()))
+    if not gaps[0] <= EXACT[loaded.dtype]:
+        raise CannotCompress(
+            f"folding scales into {block.path} changed its output by {gaps[0]:.2g} of its size: something in it reads what "
+            "was scaled in a way that is not known here; choose rtn, hqq or gptq for this architecture"
+        )
 
 
 def places(loaded: LoadedModel, block: Block) -> Iterator[Place]:
