@@ -70,6 +70,8 @@ def _take_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if torch.is_tensor(value):
         tensors[path] = value.contiguous()
         return {"tensor": path}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, tuple):
         return [_take_apart(part, f"{path}/{index}", tensors) for index, part in enumerate(value)]
     if dataclasses.is_dataclass(value):
@@ -85,6 +87,8 @@ def _put_together(form: Any, tensors: dict[str, Tensor]) -> Any:
         return tuple(_put_together(part, tensors) for part in form)
     if isinstance(form, dict) and "tensor" in form:
         return tensors[form["tensor"]]
+    if isinstance(form, dict) and "dtype" in form:
+        return getattr(torch, form["dtype"])
     if isinstance(form, dict):
         class_ = getattr(schemes, form["class"], None) or getattr(packed_forms, form["class"])
         return class_(**{name: _put_together(part, tensors) for name, part in form["fields"].items()})
