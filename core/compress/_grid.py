@@ -7,6 +7,7 @@ How codes are found is each method's own; how they are stored is ``_layout``'s.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
@@ -98,29 +99,47 @@ def bits_per_value(scheme: Scheme, columns: int, *, scale_bits: int = SCALE_BITS
     return scheme.bits + (scale_bits + zero_point) / (scheme.group_size or columns)
 
 
+@dataclass(frozen=True)
+class Formats:
+    """What each part of a model is stored as."""
+
+    matrices: Scheme
+    experts: Scheme
+    embedding: Scheme
+    head: Scheme
+
+
 def assign(loaded: LoadedModel, settings: GridSettings) -> dict[str, Scheme]:
     """The scheme of every parameter that gets one, by name; raises ``CannotCompress`` where one does not apply."""
     refuse_packed(loaded)
-    anatomy, todo = loaded.anatomy, targets(loaded)
     embedding_bits, head_bits = settings.table_bits
-    if anatomy.tied and head_bits != embedding_bits:
+    if loaded.anatomy.tied and head_bits != embedding_bits:
         raise CannotCompress(
             f"head_bits={head_bits} but embedding_bits={embedding_bits}, and this model's head is its "
             "embedding (tied): one tensor has one format; set head_bits=embedding"
         )
+    # transformers reads experts without zero points (CompressedTensorsDequantize).
+    experts = IntegerScheme(settings.bits, settings.grid.group_size, symmetric=True)
+    embedding = _table_scheme(embedding_bits, "embedding_bits", settings)
+    head = _table_scheme(head_bits, "head_bits", settings)
+    return lay_out(loaded, Formats(settings.grid, experts, embedding, head))
+
+
+def lay_out(loaded: LoadedModel, formats: Formats) -> dict[str, Scheme]:
+    """The same from formats; raises ``CannotCompress`` where no parameter takes one, or a row does not divide."""
+    anatomy = loaded.anatomy
     schemes: dict[str, Scheme] = {}
-    for target in todo:
+    for target in targets(loaded):
         if target.layout == "none":
             continue
         if target.module == anatomy.embedding:
-            schemes[target.name] = _table_scheme(embedding_bits, "embedding_bits", settings)
+            schemes[target.name] = formats.embedding
         elif target.module == anatomy.unembedding:
-            schemes[target.name] = _table_scheme(head_bits, "head_bits", settings)
+            schemes[target.name] = formats.head
         elif target.layout == "experts":
-            # transformers reads experts without zero points (CompressedTensorsDequantize).
-            schemes[target.name] = IntegerScheme(settings.bits, settings.grid.group_size, True)
+            schemes[target.name] = formats.experts
         elif target.layout != "embedding":
-            schemes[target.name] = settings.grid
+            schemes[target.name] = formats.matrices
     if not schemes:
         raise CannotCompress(
             f"{anatomy.architecture} has no linear layer, expert or embedding that could be quantized; use cast"

@@ -114,7 +114,7 @@ def prove(saved: SavedFiles, *, loaded: LoadedModel, expected: Expected, progres
     Never raises for a failed proof: it says so. Raises what ``progress`` raises, after ending the process.
     """
     started = time.monotonic()
-    loader = _loader(loaded)
+    loader = auto_class(loaded)
     # Beside the files: what a killed process leaves is found and removed with them.
     with tempfile.TemporaryDirectory(prefix=".proof-", dir=saved.folder.parent) as scratch:
         answer, output, failure = _ask(saved, loaded, expected, loader, Path(scratch), progress)
@@ -233,7 +233,8 @@ def _differing(found: Mapping[str, str], expected: Mapping[str, str]) -> list[st
     return sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
 
 
-def _loader(loaded: LoadedModel) -> str:
+def auto_class(loaded: LoadedModel) -> str:
+    """The name of the transformers class whose ``from_pretrained`` loads this model."""
     architecture = type(loaded.model).__name__
     return next(auto for end, auto in AUTO_CLASSES.items() if architecture.endswith(end))
 

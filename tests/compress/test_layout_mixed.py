@@ -14,7 +14,7 @@ import transformers
 
 from core.compress._description import is_lazy, modules_pattern, refuse_mixture, settle
 from core.compress._grid import put, rounded
-from core.compress._proof import _loader, _options, _probe_inputs, expect, prove
+from core.compress._proof import _options, _probe_inputs, auto_class, expect, prove
 from core.compress._report import table
 from core.compress._store import save_variant
 from core.compress._targets import targets
@@ -68,7 +68,7 @@ def saved(loaded: LoadedModel, schemes: dict[str, Scheme], folder: Path) -> dict
 
 def assert_reloads(loaded: LoadedModel, folder: Path) -> None:
     """Plain transformers, as the proof does it, but in this process: the same bits after the first forward."""
-    again, report = getattr(transformers, _loader(loaded)).from_pretrained(
+    again, report = getattr(transformers, auto_class(loaded)).from_pretrained(
         folder, output_loading_info=True, **_options(loaded)
     )
     assert not any(report.values()), report

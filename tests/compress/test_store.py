@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from core.compress._proof import _loader, _options, _probe_inputs
+from core.compress._proof import _options, _probe_inputs, auto_class
 from core.compress._store import predicted_bytes
 from core.errors import CannotCompress
 from core.models.loaded import LoadedModel
@@ -28,7 +28,7 @@ INT2: dict[str, Any] = {"bits": 2, "group_size": "32", "scheme": "symmetric", "e
 
 
 def reloaded(loaded: LoadedModel, folder: Path) -> Any:
-    model, report = getattr(transformers, _loader(loaded)).from_pretrained(
+    model, report = getattr(transformers, auto_class(loaded)).from_pretrained(
         folder, output_loading_info=True, **_options(loaded)
     )
     assert not any(report.values()), report
@@ -133,7 +133,7 @@ def test_companion_files_come_along_and_weights_do_not(tmp_path: Path) -> None:
     (base / "1_Pooling").mkdir()
     (base / "1_Pooling/config.json").write_text('{"pooling_mode_cls_token": true}')
     (base / "pytorch_model.bin").write_bytes(b"never copied")
-    (base / "model.safetensors.index.json").write_text("{}")
+    (base / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model.safetensors"}}')
     saved = save(loaded, apply(loaded, "cast"), tmp_path / "variant")
     assert {"1_Pooling/config.json", "tokenizer.json", "config.json", "recipe.json", "slimscope.json"} <= set(
         saved.files
