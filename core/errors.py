@@ -11,6 +11,8 @@
     │   └── AnatomyMismatch         opened, but an identity of its anatomy fails: names module and check
     ├── CannotCompress              a method that does not apply to this model with these settings
     ├── ProofFailed                 the artifact did not reload to the model that was saved
+    ├── CannotExport                a model that a format cannot hold, or whose export would not be that model
+    ├── MissingLibrary              a method's library is not installed: the command that adds it
     ├── CannotMeasure               a measurement that would be meaningless: says why
     ├── CatalogError                catalog unreachable, newer than this code, or corrupt
     ├── WorkerDied                  a child process died: exit code, last log lines
@@ -78,6 +80,14 @@ class CannotCompress(SlimscopeError, ValueError):
 
 class ProofFailed(SlimscopeError):
     """The saved artifact, reloaded in a fresh process, is not the model that was saved."""
+
+
+class CannotExport(SlimscopeError, ValueError):
+    """A model that a format cannot hold, or an export that does not give the model's outputs."""
+
+
+class MissingLibrary(SlimscopeError):
+    """A library that this method runs on is not installed; the message has the command that adds it."""
 
 
 class CannotMeasure(SlimscopeError):

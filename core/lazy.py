@@ -13,6 +13,7 @@ threads on two cores and one other busy process, a 64-token forward of SmolLM2 t
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from types import ModuleType
@@ -27,6 +28,12 @@ def plain_threads(environ: dict[str, str]) -> dict[str, str]:
     """The environment of a process that must run torch as a deployment would: without our choice of how threads wait."""
     kept = {k: v for k, v in environ.items() if k != WAIT_POLICY or environ.get(WAITING) != "ours"}
     return {**kept, WAITING: "plain"}
+
+
+def _calm() -> None:
+    """torchao, which transformers imports where it is installed, warns of parts it has for other machines."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _wait_asleep() -> None:
@@ -46,6 +53,7 @@ else:
         def __getattr__(self, attribute: str) -> Any:
             if "torch" not in sys.modules:
                 _wait_asleep()
+                _calm()
             return getattr(importlib.import_module(self.__name__), attribute)
 
     torch = _LazyModule("torch")

@@ -25,7 +25,7 @@ from core.types import Cost, Prompt
 if TYPE_CHECKING:
     from core.models.anatomy import Anatomy
 
-Kind = Literal["probe", "train", "compress", "evaluate", "profile"]
+Kind = Literal["probe", "train", "compress", "evaluate", "profile", "export"]
 Need = Literal["decoder", "encoder", "vision", "text", "heads", "moe", "dense", "calibration", "cuda"]
 Question = Literal[
     "What did it compute?",
@@ -47,6 +47,7 @@ PACKAGES: dict[Kind, str] = {
     "compress": "core.compress",
     "evaluate": "core.evaluate",
     "profile": "core.profile.runtimes",
+    "export": "core.export",
 }
 
 

@@ -5,13 +5,8 @@ Everything is written to a folder beside the wanted one and renamed at the end, 
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +21,12 @@ from core.errors import CannotCompress
 from core.models.checkpoint import fingerprint
 from core.models.loaded import LoadedModel
 from core.numerics.sizes import file_bytes
+from core.whole_folder import whole_folder
 
 WEIGHTS = "model.safetensors"
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Endings of tokenizer, processor and pooling files; weights in any format are never copied."""
 OURS = ("config.json", "recipe.json", "slimscope.json")
-SPARE_BYTES = 16 << 20
-"""Room for tokenizer and config files, asked for beside the weights."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +76,16 @@ def save_variant(
     """
     sizes = _accounted(loaded, frame)
     expected = predicted_bytes(loaded)
-    if folder.exists():
-        raise CannotCompress(f"{folder} exists already; choose a folder that does not")
-    with _whole_or_nothing(folder, expected) as incoming:
+    with whole_folder(folder, expected, refuse=CannotCompress) as incoming:
         import safetensors.torch
 
-        _copy_companions(loaded.folder, incoming)
+        copy_companions(loaded.folder, incoming)
         _write_config(loaded, incoming)
         safetensors.torch.save_file(file_tensors(loaded), incoming / WEIGHTS, metadata={"format": "pt"})
         # safetensors makes its file readable by its owner only.
         shutil.copymode(incoming / "config.json", incoming / WEIGHTS)
-        _write_json(incoming / "recipe.json", provenance["recipe"])
-        _write_json(incoming / "slimscope.json", provenance)
+        write_json(incoming / "recipe.json", provenance["recipe"])
+        write_json(incoming / "slimscope.json", provenance)
     return SavedFiles(
         folder=folder,
         files=tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())),
@@ -118,44 +110,11 @@ def _accounted(loaded: LoadedModel, frame: pd.DataFrame) -> int:
 def add_to_provenance(folder: Path, **entries: Any) -> None:
     """Add entries to a saved variant's ``slimscope.json``, replacing the file at once."""
     path = folder / "slimscope.json"
-    _write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **entries})
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **entries})
 
 
-@contextmanager
-def _whole_or_nothing(folder: Path, weight_bytes: int) -> Iterator[Path]:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < weight_bytes + SPARE_BYTES:
-        raise CannotCompress(
-            f"the disk of {folder.parent} has {free / 1e6:.0f} MB free but this variant needs "
-            f"{(weight_bytes + SPARE_BYTES) / 1e6:.0f} MB; free some space or choose another folder"
-        )
-    incoming = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.incoming")
-    incoming.mkdir()
-    try:
-        yield incoming
-        for path in incoming.rglob("*"):
-            if path.is_file():
-                _flush(path)
-        incoming.rename(folder)
-    except Exception as error:
-        # safetensors reports a full disk as its own error, with the number only in the text.
-        if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error):
-            raise CannotCompress(
-                f"the disk of {folder.parent} became full while writing; nothing was kept. Free some space and retry"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(incoming, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def _copy_companions(source: Path, target: Path) -> None:
-    """Tokenizer, processor, generation and sentence-pooling files, from the top folder and one level below."""
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, processor, generation and sentence-pooling files, from the top folder and one level below."""
     for path in [*source.glob("*"), *source.glob("*/*")]:
         within = path.relative_to(source)
         wanted = (
@@ -177,10 +136,11 @@ def _write_config(loaded: LoadedModel, folder: Path) -> None:
     described = quantization_config(loaded)
     if described is not None:
         values["quantization_config"] = described
-    _write_json(folder / "config.json", values)
+    write_json(folder / "config.json", values)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file at once."""
     fresh = path.with_name(f".{path.name}.tmp")
     fresh.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
     fresh.replace(path)

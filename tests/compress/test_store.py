@@ -148,7 +148,7 @@ def test_a_disk_without_room_is_refused_beforehand(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, used=10**9, free=1000)
     )
-    with pytest.raises(CannotCompress, match=r"has 0 MB free but this variant needs \d+ MB"):
+    with pytest.raises(CannotCompress, match=r"has 0 MB free but this needs \d+ MB"):
         save(loaded, result, tmp_path / "variants/one")
     assert list((tmp_path / "variants").iterdir()) == []
 

@@ -11,7 +11,7 @@ import pytest
 
 from core import cli
 from core.catalog.store import Catalog
-from core.compress import _store
+from core import whole_folder
 from core.loop import register
 from tests.faults.conftest import EVALUATION, assert_whole, half_written
 
@@ -70,7 +70,7 @@ def assert_one_line(answer: tuple[int, str], *words: str) -> None:
 
 
 def test_a_disk_without_room_refuses_before_writing(catalog: Catalog, tiny: str, command: Command) -> None:
-    assert_one_line(command(*COMPRESS, tiny), "MB free but this variant needs", "free some space")
+    assert_one_line(command(*COMPRESS, tiny), "MB free but this needs", "free some space")
     assert half_written(catalog) == []
     assert [variant.recipe for variant in catalog.variants()] == [None]
 
@@ -79,7 +79,7 @@ def test_a_disk_that_becomes_full_leaves_nothing(
     catalog: Catalog, disk: Path, tiny: str, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As if the room had been there when it was asked for.
-    monkeypatch.setattr(_store, "SPARE_BYTES", -(1 << 30))
+    monkeypatch.setattr(whole_folder, "SPARE_BYTES", -(1 << 30))
     base = register(catalog, tiny)
 
     fill(disk, leave=200_000)
