@@ -126,3 +126,27 @@ def read_budget(text: str, n_parameters: int) -> int:
     if unit in _UNIT_BYTES:
         return int(number * _UNIT_BYTES[unit])
     return int(number * n_parameters / 8)
+
+
+def read_tolerance(text: str, unit: str, bytes_per_token: float | None) -> float:
+    """A loss per token in ``unit`` of ``0.1``, or in nats of ``0.05bpb``: that many bits per byte more. Raises ``BadInput``.
+
+    Where text is as the model before predicts it, KL is what the surprisal rises by: nats per token are ln 2 · bits per
+    byte · bytes per token.
+    """
+    number, of_bits = text.strip().lower().removesuffix("bpb").strip(), text.strip().lower().endswith("bpb")
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise BadInput(
+            f"tolerance {text!r} cannot be read; write e.g. 0.1 ({unit}) or 0.05bpb (bits per byte)"
+        )
+    if not of_bits:
+        return value
+    if bytes_per_token is None:
+        raise BadInput(
+            f"tolerance {text!r}: an encoder has no bits per byte; write a loss in {unit}, e.g. 0.01"
+        )
+    return value * float(np.log(2)) * bytes_per_token

@@ -71,6 +71,14 @@ def output_of(loaded: LoadedModel, ids_BP: Tensor) -> Tensor:
     return torch.nn.functional.normalize(pooled_BD.float(), dim=-1)
 
 
+def bytes_per_token(loaded: LoadedModel, ids_WP: Tensor) -> float | None:
+    """UTF-8 bytes of text per token of these windows; None for an encoder, which predicts none."""
+    if loaded.family != "decoder":
+        return None
+    texts = loaded.tokenizer.batch_decode(ids_WP, skip_special_tokens=True)  # type: ignore[union-attr]
+    return sum(len(text.encode()) for text in texts) / ids_WP.numel()
+
+
 class Reruns:
     """The whole run of some windows, and reruns from any block, compared with it. Hold the model's lock throughout."""
 

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 
 from core.compress._formats import EXAMPLES, KEEP, read_formats
 from core.compress._groups import FileSizes, weight_groups
-from core.compress._rerun import INTERVAL, Reruns, equal_windows
+from core.compress._rerun import INTERVAL, Reruns, bytes_per_token, equal_windows
 from core.compress._sensitivity import drops, gradients_of, rank_correlation, table, together
 from core.evaluate._intervals import MIN_DOCUMENTS
 from core.lazy import torch
@@ -137,7 +137,7 @@ def layer_sensitivity(
             loaded, prompt, method="layer_sensitivity", settings=settings, started=started,
             conditions={
                 "text": settings.text, "text_fingerprint": documents.fingerprint, "windows": len(ids_WP),
-                "tokens": n_tokens, "loss_unit": unit, "fixed_bytes": FileSizes(loaded, groups).fixed,
+                "tokens": n_tokens, "loss_unit": unit, "bytes_per_token": bytes_per_token(loaded, ids_WP), "fixed_bytes": FileSizes(loaded, groups).fixed,
                 "fp32_path": path.name,
             },
             exactness_gap=gap,
