@@ -1,7 +1,4 @@
-"""Calibration coverage: whether a calibration text reaches every expert often enough to judge it by.
-
-Legend: D texts (domains), L MoE layers, E experts.
-"""
+"""Calibration coverage: whether a calibration text reaches every expert often enough to judge it by."""
 
 from __future__ import annotations
 
@@ -10,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from pydantic import Field
 
+from core.probes._coverage import coverage
 from core.probes._provenance import provenance
-from core.probes._routing_report import layer_by_expert, shown_layers, shown_note
+from core.probes._routing_report import shown_layers, shown_note
 from core.registry import Example, Settings, method
 from core.routing.aggregate import by_domain
 from core.text.documents import load_documents
@@ -24,10 +21,6 @@ from core.types import Cost, Documents, Metric, Progress, Prompt, Result, View, 
 if TYPE_CHECKING:
     from core.models.anatomy import Anatomy
     from core.models.loaded import LoadedModel
-
-Ints = NDArray[np.int64]
-RULE_OF_THREE = 3.0
-"""An expert that none of T tokens reached gets, with 95 % confidence, at most 3 / T of them (Hanley 1983)."""
 
 
 class CalibrationCoverageSettings(Settings):
@@ -109,35 +102,6 @@ def calibration_coverage(
         ),
         notes=(*_notes(table, n_tokens, settings), *shown_note(counts[0].layers, counts[0].n_experts)),
     )
-
-
-def coverage(
-    load_DLE: Ints, tokens_D: Ints, names: list[str], layers: tuple[int, ...], wanted: int
-) -> pd.DataFrame:
-    """One row per layer and expert: tokens, how many more are needed, of which text best, and a verdict."""
-    load_LE, total = load_DLE.sum(0), int(tokens_D.sum())
-    best_LE = (load_DLE / tokens_D[:, None, None]).argmax(0)
-    load_of_best_LE = np.take_along_axis(load_DLE, best_LE[None], 0)[0]
-    return pd.DataFrame(
-        {
-            **layer_by_expert(layers, load_LE.shape[1]),
-            "tokens": load_LE.ravel(),
-            "share": load_LE.ravel() / total,
-            "needs_more": needed(load_LE, load_LE, total, wanted).ravel(),
-            "best_text": np.where(load_LE > 0, np.array(names, dtype=object)[best_LE], "").ravel(),
-            "needs_of_best_text": needed(load_LE, load_of_best_LE, tokens_D[best_LE], wanted).ravel(),
-            "verdict": np.select(
-                [load_LE == 0, load_LE < wanted], ["never reached", "too few"], "covered"
-            ).ravel(),
-        }
-    )
-
-
-def needed(load: Ints, reached: Ints, tokens: Ints | int, wanted: int) -> Ints:
-    """More tokens until ``load`` is ``wanted``, of a text that gave ``reached`` in ``tokens``; at least, where it gave 0."""
-    rate = np.maximum(reached, RULE_OF_THREE * (reached == 0)) / tokens
-    more: Ints = np.ceil(np.maximum(0, wanted - load) / rate).astype(np.int64)
-    return more
 
 
 def _texts(source: str) -> dict[str, Documents]:

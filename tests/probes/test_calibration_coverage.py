@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from core.models.loaded import LoadedModel
-from core.probes.calibration_coverage import coverage, needed
+from core.probes._coverage import coverage, needed
 from core.registry import get
 from core.routing.discover import moe_layers
 from core.types import Prompt, Result, silent
