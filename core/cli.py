@@ -184,6 +184,18 @@ def command_sweep(args: argparse.Namespace) -> Any:
     return rows if args.json else rows.reindex(columns=[*COMPARE_SHOWN, *{"failed"}.intersection(rows)])
 
 
+def command_export(args: argparse.Namespace) -> Any:
+    """Write a model for another runtime, held against the original there, with its card and checksums."""
+    from core.delivery import export_to
+    from core.registry import get
+
+    settings = get("export", args.format).parse_text(pairs(args.set)).model_dump(mode="json")
+    folder = Path(args.out).expanduser().resolve()
+    return export_to(
+        _catalog(), args.model, args.format, folder, settings=settings, progress=terminal_progress()
+    ).summary()
+
+
 def command_evaluate(args: argparse.Namespace) -> Any:
     """Measure a variant's quality against its base, reloaded from its artifact."""
     from core.loop import evaluate_variant, register
@@ -277,6 +289,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_looking(add)
     _add_making(add)
+    _add_leaving(add)
     _add_measuring(add)
     _add_keeping(add)
     return top
@@ -344,6 +357,14 @@ def _takes_measuring(parser: argparse.ArgumentParser) -> None:
     )
     _takes_settings(parser, "--evaluate-set", of="evaluation")
     _takes_settings(parser, "--profile-set", of="profile")
+
+
+def _add_leaving(add: Add) -> None:
+    parser = add("export", command_export)
+    parser.add_argument("format", help="id of an export, e.g. onnx")
+    _takes_model(parser, "--model")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="a folder that does not exist yet")
+    _takes_settings(parser)
 
 
 def _add_measuring(add: Add) -> None:

@@ -23,7 +23,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "stored"]
 SourceKind = Literal["demo", "variant", "gguf", "folder", "hub"]
 Better = Literal["lower", "higher", "neither"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "lost"]
-RunKind = Literal["compress", "proof", "evaluate", "profile", "probe", "train"]
+RunKind = Literal["compress", "proof", "evaluate", "profile", "probe", "train", "export"]
 RunStatus = Literal["valid", "flagged"]
 Family = Literal["decoder", "encoder", "vision"]
 

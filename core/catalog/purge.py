@@ -46,6 +46,6 @@ def purge(catalog: Catalog, *, dry_run: bool) -> Purge:
 
 
 def _kept_by_runs(role: str) -> Select[tuple[str]]:
-    """What trainings made and what probes found: artifacts that a run names under ``role`` in its conditions."""
+    """What trainings and exports made and what probes found: artifacts that a run names under ``role`` in its conditions."""
     hash_ = RunRow.conditions[role].as_string()
-    return select(hash_).where(RunRow.kind.in_(("probe", "train")), hash_.is_not(None))
+    return select(hash_).where(RunRow.kind.in_(("probe", "train", "export")), hash_.is_not(None))

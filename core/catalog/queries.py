@@ -191,7 +191,7 @@ def variant_detail(catalog: Catalog, variant_id: str) -> VariantDetail:
     return VariantDetail(
         variant,
         lineage(catalog, variant_id),
-        tuple(run for run in catalog.runs(variant_id) if run.kind not in ("probe", "train")),
+        tuple(run for run in catalog.runs(variant_id) if run.kind not in ("probe", "train", "export")),
         catalog.layer_errors(variant_id),
         kept,
     )
@@ -205,6 +205,11 @@ def run_of(catalog: Catalog, run_id: str) -> Run:
             raise BadInput(f"no run is called {run_id!r} in this catalog")
         measured = select(MeasurementRow).where(MeasurementRow.run_id == run_id).order_by(MeasurementRow.id)
         return run_record(row, session.scalars(measured))
+
+
+def exports(catalog: Catalog, variant_id: str) -> list[Run]:
+    """A variant's exports, newest first; those with ``package`` in their conditions can be downloaded."""
+    return [run for run in catalog.runs(variant_id) if run.kind == "export"]
 
 
 def trained(catalog: Catalog, base_id: str) -> list[Run]:

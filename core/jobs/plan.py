@@ -125,6 +125,16 @@ def submit_train(queue: Queue, *, model: str, method: str, text: str, settings: 
     return _submit_once(queue, "train", spec)
 
 
+def submit_export(queue: Queue, *, model: str, method: str, settings: Mapping[str, Any]) -> Job:
+    """Queue one export as a package; the same one still waiting or running is returned as it is.
+
+    Raises ``BadInput`` for a model, format or settings that cannot be.
+    """
+    get("export", method).parse(dict(settings))
+    spec = {"model": ModelRef.parse(model).located, "method": method, "settings": dict(settings)}
+    return _submit_once(queue, "export", spec)
+
+
 def _submit_once(queue: Queue, kind: str, spec: dict[str, Any]) -> Job:
     for job in _active(queue, spec["model"]):
         if job.kind == kind and job.spec == spec:

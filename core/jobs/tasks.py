@@ -102,12 +102,28 @@ def train(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
     return {**_said(context, run), "artifact": run.conditions["artifact"]}
 
 
+def export(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Package a variant for another runtime: ``{"model", "method", "settings"}``."""
+    from core.delivery import export_package, package_of
+
+    made = export_package(
+        context.catalog,
+        spec["model"],
+        spec["method"],
+        settings=spec["settings"],
+        progress=context.progress,
+        job_id=context.job.id,
+    )
+    return {**_said(context, made.run), "package": package_of(made.run)}
+
+
 TASKS: dict[str, Task] = {
     "compress": compress,
     "evaluate": evaluate,
     "profile": profile,
     "probe": probe,
     "train": train,
+    "export": export,
 }
 
 
