@@ -10,6 +10,7 @@ import streamlit as st
 
 from app import format as fmt
 from app import tradeoff_chart, tradeoff_views
+from app.components.variant_export import variant_export
 from app.text import esc
 from core.catalog.queries import VariantDetail
 from core.tradeoff import available
@@ -26,6 +27,7 @@ def variant_summary(
     variant = detail.variant
     with st.container(horizontal=True, vertical_alignment="center"):
         st.header(esc(variant.name), anchor=False, width="stretch")
+        variant_export(variant)
         st.button("Clear", type="tertiary", icon=":material/close:", on_click=clear, key="clear_variant")
     with st.container(horizontal=True, gap="xsmall"):
         for text, color in _badges(variant, mark):

@@ -43,7 +43,7 @@ def traced(
         with quiet(), _without_chatter(), torch.no_grad():
             config = {"dynamic_shapes": shapes, "prefer_deferred_runtime_asserts_over_guards": True}
             return export(loaded.model, inputs, config)
-    except Exception as error:  # noqa: BLE001 - a tracer fails in any way it likes
+    except Exception as error:
         said = next(iter(str(error).strip().splitlines()), "no message")
         raise CannotExport(
             f"{loaded.anatomy.architecture} cannot be traced for {format_} by transformers' exporter "

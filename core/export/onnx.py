@@ -14,6 +14,7 @@ from pydantic import Field
 
 from core.errors import CannotExport
 from core.export import _onnx_graph
+from core.export._companions import write_companions
 from core.export._parity import Parity, Runtime, compare, probe_inputs
 from core.export._report import exported
 from core.export._trace import CACHELESS, traced
@@ -88,6 +89,7 @@ def run(loaded: LoadedModel, folder: Path, progress: Progress, settings: OnnxSet
     progress(0.8, 1.0, "running it in ONNX Runtime")
     parity = _checked(loaded, folder, settings)
     files = sorted(path.name for path in folder.glob(f"{FILE}*"))
+    write_companions(loaded, folder, "float32")
     left = operators["MatMul"] + operators["Gemm"]
     return exported(
         loaded, "onnx", settings, _rows(folder / FILE), folder, parity, started=started,

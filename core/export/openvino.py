@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from core.errors import CannotExport
+from core.export._companions import write_companions
 from core.export._parity import Parity, Runtime, compare, probe_inputs
 from core.export._report import exported
 from core.export._trace import CACHELESS, traced
@@ -61,6 +62,7 @@ def run(loaded: LoadedModel, folder: Path, progress: Progress, settings: OpenVin
     rows = _rows(program, half=settings.weights == "float16")
     progress(0.8, 1.0, "running it in OpenVINO")
     parity = _checked(loaded, folder, settings)
+    write_companions(loaded, folder, "float32")
     return exported(
         loaded, "openvino", settings, rows, folder, parity, started=started, format_=f"OpenVINO {settings.weights}",
         runtime=f"OpenVINO {versions['openvino']}, CPU, float32 products, activations not quantized", files=FILES,

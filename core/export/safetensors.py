@@ -12,8 +12,9 @@ from pydantic import Field
 
 from core.compress._layout import file_tensors
 from core.compress._proof import auto_class
-from core.compress._store import OURS, WEIGHTS, copy_companions, write_json
+from core.compress._store import OURS, WEIGHTS, copy_companions
 from core.errors import CannotExport
+from core.export._companions import write_companions
 from core.export._parity import compare, output_of, probe_inputs
 from core.export._report import exported
 from core.lazy import torch, transformers
@@ -101,10 +102,7 @@ def _write_dense(loaded: LoadedModel, folder: Path, dtype: str) -> None:
                 f"{dtype} ends at {limit:.0f} but {name} holds more; export bfloat16 or float32"
             )
         tensors[name] = tensor.to(wanted) if tensor.is_floating_point() else tensor
-    copy_companions(loaded.folder, folder)
-    config = {k: v for k, v in loaded.model.config.to_dict().items() if k != "quantization_config"}
-    config |= {"architectures": [loaded.anatomy.architecture], "dtype": dtype}
-    write_json(folder / "config.json", config)
+    write_companions(loaded, folder, dtype)
     safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", folder / WEIGHTS)
 

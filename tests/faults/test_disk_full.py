@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from core import cli
+from core import cli, whole_folder
 from core.catalog.store import Catalog
-from core import whole_folder
 from core.loop import register
 from tests.faults.conftest import EVALUATION, assert_whole, half_written
 
