@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from app import format as fmt
 from core.models.sizes import ModelCard
-from core.prediction import StoresBits, Work, predicted_bytes, predicted_work
+from core.prediction import KeepsBudget, StoresBits, Work, predicted_bytes, predicted_work
 from core.recipe import Recipe, Step
 from core.registry import Group, Method, Need, methods
 
@@ -53,11 +53,11 @@ PRESETS = (
         INT4,
     ),
     Preset(
-        "int4_affine",
-        "int4 affine, groups of 32",
-        "As int4, with a zero point: closer where weights are lopsided.",
-        "rtn",
-        {"bits": 4, "group_size": "32", "scheme": "affine"},
+        "mixed",
+        "Mixed, 4.5 bits",
+        "Each part of each layer at the width it needs, within 4.5 bits per weight.",
+        "mixed_precision",
+        {"budget": "4.5bpw"},
     ),
     Preset(
         "bf16",
@@ -68,6 +68,8 @@ PRESETS = (
     ),
 )
 
+CAST = "cast"
+"""Stores weights otherwise too, but leaves them plain: a quantizing step may follow."""
 GROUP_TITLES: dict[Group, str] = {
     "quantize": "Quantize",
     "prune": "Prune",
@@ -113,6 +115,20 @@ def telling(step: Step) -> str:
     """A step's first setting and those that differ from their defaults, e.g. ``bits 4 · scheme symmetric``."""
     label = step.label().removeprefix(step.method).strip()
     return " · ".join(part.replace("=", " ").replace("_", " ") for part in label.split())
+
+
+def clash(recipe: Recipe) -> str:
+    """Why a step will be refused after what an earlier one stored; empty where nothing speaks against the order."""
+    stores = [
+        at for at, step in enumerate(recipe.steps) if isinstance(step.parsed(), (StoresBits, KeepsBudget))
+    ]
+    packed = next((at for at in stores if recipe.steps[at].method != CAST), None)
+    if packed is None or stores[-1] == packed:
+        return ""
+    return (
+        f"Step {stores[-1] + 1} will be refused: step {packed + 1} has stored the weights already. "
+        "Keep one quantizing step, and put a cast before it."
+    )
 
 
 def size_words(card: ModelCard, recipe: Recipe) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,6 +71,11 @@ def tradeoff_frame(base_id: str, revision: int) -> pd.DataFrame:
 def verdicts(base_id: str, revision: int) -> dict[str, tuple[str, ...]]:
     """What must be said of the variants of a base, by variant, as of a revision of the catalog."""
     return judge(tradeoff_frame(base_id, revision))
+
+
+def verdicts_of(base_ids: Sequence[str], revision: int) -> dict[str, tuple[str, ...]]:
+    """The same for the variants of several bases together."""
+    return {id_: said for base in base_ids for id_, said in verdicts(base, revision).items()}
 
 
 @st.cache_data(max_entries=64, show_spinner=False)

@@ -5,7 +5,7 @@ Plain functions, frame in and frame out; nothing here draws or reads the catalog
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,8 +155,17 @@ def brushed(frame: pd.DataFrame, x: str, y: str, box: Sequence[float] | None) ->
 # --- the table ----------------------------------------------------------------------------------------
 
 
-def table(frame: pd.DataFrame, chosen: pd.Series[bool], front: pd.DataFrame, y: Objective) -> pd.DataFrame:
-    """The chosen rows as the page's table shows them: display units, best ``y`` first, at most ``TABLE_ROWS``."""
+def table(
+    frame: pd.DataFrame,
+    chosen: pd.Series[bool],
+    front: pd.DataFrame,
+    y: Objective,
+    said: Mapping[str, Sequence[str]],
+) -> pd.DataFrame:
+    """The chosen rows as the page's table shows them: display units, best ``y`` first, at most ``TABLE_ROWS``.
+
+    ``said`` is what must be said of a variant; the column ``to_know`` is there where any of the rows has something.
+    """
     rows = frame[chosen].sort_values(y.column, ascending=y.better != "higher", na_position="last")
     rows = rows.head(TABLE_ROWS)
     shown = pd.DataFrame(
@@ -170,7 +179,15 @@ def table(frame: pd.DataFrame, chosen: pd.Series[bool], front: pd.DataFrame, y: 
     )
     for aim in available(frame):
         shown[aim.column] = rows[aim.column] / aim.scale
+    words = [" ".join(said.get(id_, ())) for id_ in rows["variant"]]
+    if any(words):
+        shown["to_know"] = words
     return shown.reset_index(drop=True)
+
+
+def only(frame: pd.DataFrame, variants: Iterable[str]) -> pd.DataFrame:
+    """These variants and the base."""
+    return frame[frame["variant"].isin(set(variants)) | frame["recipe"].isna()].reset_index(drop=True)
 
 
 def export_table(frame: pd.DataFrame, chosen: pd.Series[bool], on_front: Iterable[str]) -> pd.DataFrame:

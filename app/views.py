@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -197,8 +197,8 @@ def provenance_line(provenance: Provenance) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def recent_variants(newest: pd.DataFrame) -> pd.DataFrame:
-    """Models as the start page lists them, from ``core.catalog.queries.newest``."""
+def recent_variants(newest: pd.DataFrame, said: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """Models as the start page lists them, from ``core.catalog.queries.newest``, with what must be said of each."""
     return pd.DataFrame(
         {
             "variant": newest["id"],
@@ -207,6 +207,7 @@ def recent_variants(newest: pd.DataFrame) -> pd.DataFrame:
             "bits_per_weight": newest["bits_per_weight"],
             "proven": newest["proven"],
             "made": newest["created_at"].map(format.ago),
+            "to_know": [" ".join(said.get(id_, ())) for id_ in newest["id"]],
         }
     )
 

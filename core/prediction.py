@@ -33,10 +33,19 @@ class StoresBits(Protocol):
         """Component → bits per value in the file, scales included; what is not named stays as it is."""
 
 
+@runtime_checkable
+class KeepsBudget(Protocol):
+    """Settings of a step that is told how large the result may be."""
+
+    def budgeted_bytes(self, n_parameters: int) -> float:
+        """Bytes that a model of so many parameters may take."""
+
+
 def predicted_bytes(card: ModelCard, recipe: Recipe) -> float | None:
     """Bytes of the weight files, file headers aside; None where a step does not say, or will be refused."""
     sizes = card.components.groupby("component")["parameters"].sum().astype(float)
     bits = dict.fromkeys(sizes.index, float(WIDTH.get(card.dtype, 32)))
+    budget = None
     for step in recipe.steps:
         left, stored = get("compress", step.method).left, step.parsed()
         try:
@@ -45,10 +54,14 @@ def predicted_bytes(card: ModelCard, recipe: Recipe) -> float | None:
                 sizes *= [float(shares.get(str(component), 1.0)) for component in sizes.index]
             if isinstance(stored, StoresBits):
                 bits |= {c: b for c, b in stored.stored_bits(card.anatomy).items() if c in bits}
+            elif isinstance(stored, KeepsBudget):
+                budget = stored.budgeted_bytes(int(sizes.sum()))
             elif left is None:
                 return None
         except SlimscopeError:
             return None  # the step will be refused, with the reason
+    if budget is not None:
+        return budget
     return float(sum(sizes[component] * bits[component] for component in sizes.index)) / 8
 
 
@@ -65,13 +78,18 @@ class Work:
 
 
 def predicted_work(card: ModelCard, recipe: Recipe) -> Work:
-    """Seconds and peak memory of a recipe's steps at the model's pace on this machine; pruned steps count whole."""
-    seconds, extra, untold, told = 0.0, 0, [], False
+    """Seconds and peak memory of a recipe's steps at the model's pace on this machine; what was pruned counts whole.
+
+    A step that reads no text and says nothing takes about one forward pass, as the registry has it; its memory is not told.
+    """
+    seconds, extra, untold = 0.0, 0, list[str]()
+    told, measured = False, True
     for step in recipe.steps:
         method = get("compress", step.method)
-        if method.cost is None or card.pace is None:
+        if card.pace is None or (method.cost is None and "calibration" in method.needs):
             untold.append(step.method)
             continue
+        measured &= method.cost is not None
         try:
             found = estimate(method, card.anatomy, card.pace, _window(card, step), step.parsed())
         except SlimscopeError:
@@ -80,7 +98,9 @@ def predicted_work(card: ModelCard, recipe: Recipe) -> Work:
         told = True
         seconds += found.seconds
         extra = max(extra, found.extra_bytes)
-    return Work(seconds if told else None, None if untold else card.bytes + extra, tuple(untold))
+    return Work(
+        seconds if told else None, card.bytes + extra if measured and not untold else None, tuple(untold)
+    )
 
 
 def _window(card: ModelCard, step: Step) -> int:

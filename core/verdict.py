@@ -27,7 +27,7 @@ SCORES = {"accuracy": "accuracy", "spearman": "Spearman"}
 """Measured against truth, with ``delta_<name>`` paired against the base."""
 _MEASURED = [*SPEEDS, "delta_bits_per_byte", *(f"delta_{name}" for name in SCORES)]
 _READ = (
-    *("variant", "flagged", "bytes", "share_of_zeros", "perplexity", "bits_per_byte", *SCORES),
+    *("variant", "flagged", "bytes", "zero_share_of_matrices", "perplexity", "bits_per_byte", *SCORES),
     *(f"{name}{end}" for name in _MEASURED for end in ("", "_low", "_high")),
 )
 
@@ -67,8 +67,8 @@ def sentences(base: Row, variant: Row) -> tuple[str, ...]:
 
 def _not_smaller(base: Row, variant: Row, change: float) -> list[str]:
     sizes = f"{_show(variant, 'bytes')} against {_show(base, 'bytes')}"
-    zeros = _value(variant, "share_of_zeros")
-    masked = f"{zeros:.0%} of its weights are zero" if zeros > 0 else ""
+    zeros = _value(variant, "zero_share_of_matrices")
+    masked = f"{zeros:.0%} of the values in its matrices are zero" if zeros > 0 else ""
     if change > SAME_SIZE:
         return [f"Larger than its base: {sizes}{f', though {masked}' if masked else ''}."]
     return [f"No smaller than its base: {masked}, and zeros take the room of any number."] if masked else []

@@ -53,7 +53,9 @@ for name, demo in demos().items():
 left, right = st.columns([6, 4], gap="small")
 with left.container(border=True, height="stretch"):
     st.header("Recent variants", anchor=False)
-    variants = recent_variants(engine.newest_models(engine.revision()).head(8))
+    newest = engine.newest_models(engine.revision()).head(8)
+    said = engine.verdicts_of(tuple(newest["base_id"].unique()), engine.revision())
+    variants = recent_variants(newest, said)
     if variants.empty:
         empty_state(
             "No variants yet: a smaller copy is one click away.",
@@ -75,6 +77,9 @@ with left.container(border=True, height="stretch"):
                     "Proven", help="Reloaded in a fresh process", width=70
                 ),
                 "made": "Made",
+                "to_know": st.column_config.TextColumn(
+                    "To know", help="Where it is slower, broken or larger than its base beyond the intervals"
+                ),
             },
             alt="The newest variants with size and proof",
         )

@@ -7,6 +7,7 @@ from typing import Any
 import streamlit as st
 
 from app import engine, state, tradeoff_views
+from app.components import among
 from app.components import tradeoff_board as board
 from app.components.empty_state import empty_state
 from app.components.export_menu import export_menu
@@ -54,8 +55,13 @@ names = state.distinct(dict(zip(bases["id"], bases["name"], strict=True)))
 fitting = bases.loc[bases["source"] == state.model(), "id"]
 default = fitting.iloc[0] if len(fitting) else bases["id"].iloc[0]
 asked = st.query_params.get("base")
+together = among.among()
+asked = asked or among.base_of(together)
 base_id = asked if asked in names else default
 frame = engine.tradeoff_frame(base_id, engine.revision())
+said = engine.verdicts(base_id, engine.revision())
+if together:
+    frame = tradeoff_views.only(frame, together)
 axes = [aim.column for aim in available(frame)]
 quality = quality_column(frame)
 
@@ -63,7 +69,7 @@ quality = quality_column(frame)
 def choose_base() -> None:
     """Another base: nothing picked among the old one's variants survives."""
     st.query_params["base"] = st.session_state["base_choice"]
-    for name in ("variant", "brush"):
+    for name in ("variant", "brush", "among"):
         st.query_params.pop(name, None)
 
 
@@ -97,6 +103,8 @@ verdict = check(frame, constraints, eligible=usable(frame))
 scene = tradeoff_views.scene(frame, x, y, verdict)
 if constraints:
     board.limits_line(verdict)
+if together:
+    among.among_line(frame)
 board.headline_row(headlines(frame, tolerance=tolerance), scene)
 
 
@@ -111,7 +119,8 @@ def explore() -> None:
             board.nothing_picked()
         else:
             mark = scene.mark(detail.variant.id)
-            variant_summary(detail, frame, mark, clear=lambda: board.repick(None))
+            about = said.get(detail.variant.id, ())
+            variant_summary(detail, frame, mark, said=about, clear=lambda: board.repick(None))
     with left.container(border=True, height="stretch"):
         st.header(f"{scene.y.title} against {scene.x.title.lower()}", anchor=False)
         chart = board.front_chart(scene, variant=variant)
@@ -143,7 +152,7 @@ def variants(chart: Any, variant: str | None) -> None:
             name=f"tradeoffs-{base_id}",
             key="tradeoffs",
         )
-    board.variant_table(frame, chosen, scene, variant=variant)
+    board.variant_table(frame, chosen, scene, variant=variant, said=said)
 
 
 st.fragment(explore)()

@@ -84,7 +84,22 @@ def test_a_step_that_says_nothing_is_not_predicted(tmp_path):
 
 
 def test_work_is_told_only_by_steps_that_tell_it(tmp_path):
-    loaded = open_model(ModelRef(str(tiny_folder("llama", tmp_path))))
-    card = replace(model_card(loaded), pace=Pace(0.001, 0.002, 1))
-    work = predicted_work(card, Recipe.of("cast"))
-    assert (work.seconds, work.peak_bytes, work.untold) == (None, None, ("cast",))
+    loaded = open_model(ModelRef(str(tiny_folder("olmoe", tmp_path))))
+    card = replace(model_card(loaded), pace=Pace(0.5, 0.0, 1))
+    silent_work = predicted_work(card, Recipe.of("prune_experts", share=0.5))
+    assert (silent_work.seconds, silent_work.peak_bytes) == (None, None)
+    assert silent_work.untold == ("prune_experts",)
+    assert predicted_work(card, Recipe.of("cast")).seconds == 0.5
+    told = predicted_work(card, Recipe.of("gptq", samples=16, sample_tokens=64))
+    cost = get("compress", "gptq").cost(
+        card.anatomy, 64, get("compress", "gptq").parse({"samples": 16, "sample_tokens": 64})
+    )
+    assert told.seconds == pytest.approx(0.5 * cost.forwards)
+    assert told.peak_bytes == card.bytes + cost.extra_bytes
+    steps = [{"method": "prune_experts", "settings": {"share": 0.5}}, {"method": "gptq"}]
+    assert predicted_work(card, Recipe.parse({"steps": steps})).peak_bytes is None
+
+
+def test_a_budget_is_what_the_file_will_weigh(tmp_path):
+    card = model_card(open_model(ModelRef(str(tiny_folder("llama", tmp_path)))))
+    assert predicted_bytes(card, Recipe.of("mixed_precision", budget="4bpw")) == card.parameters * 4 // 8

@@ -93,10 +93,10 @@ def test_larger_than_its_base():
 
 
 def test_masks_do_not_shrink_the_file():
-    (said,) = sentences(BASE, variant(bytes=538e6 + 900, share_of_zeros=0.5))
+    (said,) = sentences(BASE, variant(bytes=538e6 + 900, zero_share_of_matrices=0.5))
     assert (
         said
-        == "No smaller than its base: 50% of its weights are zero, and zeros take the room of any number."
+        == "No smaller than its base: 50% of the values in its matrices are zero, and zeros take the room of any number."
     )
 
 

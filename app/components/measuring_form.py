@@ -7,7 +7,6 @@ from typing import Any
 
 import streamlit as st
 
-from app import format as fmt
 from app.forms import settings_form
 from app.reproduce import changed
 from app.text import esc
@@ -53,11 +52,3 @@ def _form(method: Method, title: str, prefix: str) -> Settings | None:
     with st.container(gap="xsmall"):
         st.markdown(f"**{title}**: {esc(method.title)}")
         return settings_form(method, prefix=prefix, columns=4)
-
-
-def told(measured: Measured) -> str:
-    """What differs from the defaults, in a line."""
-    parts = [f"text {measured.evaluate['documents']['source']}"]
-    for settings in (measured.evaluate.get("settings", {}), measured.profile["settings"]):
-        parts += [f"{fmt.label(name).lower()} {value}" for name, value in settings.items()]
-    return " · ".join(parts)

@@ -11,7 +11,7 @@ from app import drafts, engine
 from app.components.step_list import step_list
 from app.components.step_picker import step_picker
 from app.components.text_check import text_check
-from app.compress_views import telling
+from app.compress_views import clash, telling
 from app.drafts import Draft
 from app.forms import settings_form
 from app.text import esc
@@ -68,6 +68,8 @@ def _as_steps(draft: Draft, model: str, card: ModelCard | None) -> Recipe | None
             on_move=drafts.move,
         )
         step_picker(offers, version=draft.version)
+        if wrong := clash(draft.recipe):
+            st.markdown(f":orange[:material/warning: {esc(wrong)}]")
     return None if step is None else draft.recipe
 
 

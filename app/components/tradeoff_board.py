@@ -7,7 +7,7 @@ and both are drawn from it, because a chart's own selection can neither be set f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -220,9 +220,16 @@ def limits_line(verdict: Verdict) -> None:
 # --- table --------------------------------------------------------------------------------------------
 
 
-def variant_table(frame: pd.DataFrame, chosen: pd.Series, scene: Scene, *, variant: str | None) -> None:
+def variant_table(
+    frame: pd.DataFrame,
+    chosen: pd.Series,
+    scene: Scene,
+    *,
+    variant: str | None,
+    said: Mapping[str, Sequence[str]],
+) -> None:
     """The chosen rows; a click picks one, and the picked one is marked wherever it was picked."""
-    shown = tradeoff_views.table(frame, chosen, scene.marks, scene.y)
+    shown = tradeoff_views.table(frame, chosen, scene.marks, scene.y, said)
     ids = shown["variant"].tolist()
     rows = [ids.index(variant)] if variant in ids else []
     if (st.session_state.get("variants") or {}).get("selection", {}).get("rows") != rows:
@@ -263,6 +270,11 @@ def _columns(frame: pd.DataFrame, domain: Sequence[str]) -> dict[str, Any]:
             format="%.0f %%",
             width=80,
             help="Share of draws from the intervals with it on the front",
+        ),
+        "to_know": column.TextColumn(
+            "To know",
+            width="large",
+            help="Where it is slower, broken, larger or no smaller than its base beyond the intervals",
         ),
     }
     for aim in available(frame):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 import streamlit as st
@@ -11,6 +11,7 @@ import streamlit as st
 from app import format as fmt
 from app import tradeoff_chart, tradeoff_views
 from app.components.variant_export import variant_export
+from app.components.verdict_note import verdict_note
 from app.text import esc
 from core.catalog.queries import VariantDetail
 from core.tradeoff import available
@@ -21,9 +22,14 @@ REDUNDANT = {"perplexity", "flips", "tpot_ms"}
 
 
 def variant_summary(
-    detail: VariantDetail, frame: pd.DataFrame, mark: pd.Series | None, *, clear: Callable[[], None]
+    detail: VariantDetail,
+    frame: pd.DataFrame,
+    mark: pd.Series | None,
+    *,
+    said: Sequence[str],
+    clear: Callable[[], None],
 ) -> None:
-    """Name, standing, headline numbers with intervals, the proof in a sentence, the error per layer."""
+    """Name, standing, what must be said of it, headline numbers with intervals, the proof in a sentence, the error per layer."""
     variant = detail.variant
     with st.container(horizontal=True, vertical_alignment="center"):
         st.header(esc(variant.name), anchor=False, width="stretch")
@@ -32,6 +38,7 @@ def variant_summary(
     with st.container(horizontal=True, gap="xsmall"):
         for text, color in _badges(variant, mark):
             st.markdown(f":{color}-badge[{text}]")
+    verdict_note(said)
     st.table(_headline_table(frame, variant.id), border="horizontal")
     st.caption(_proof_sentence(variant, tradeoff_views.proof(detail.runs)))
     errors = tradeoff_views.error_by_layer(detail.layer_errors)

@@ -84,6 +84,7 @@ class _Kept:
         "experts": (settings.experts or anatomy.experts_per_token) / anatomy.n_experts,
         "router": 0.0,
     },
+    group="convert",
 )
 def run(
     loaded: LoadedModel, calibration: Documents | None, progress: Progress, settings: DensifySettings

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import pandas as pd
 from pydantic import Field, field_validator
 
-from core.compress._assignment import LOSS_OF, allocate_readable, read_assignment, read_budget, written
+from core.compress._assignment import allocate_readable, read_assignment, read_budget, written
 from core.compress._description import refuse_mixture
-from core.compress._formats import EXAMPLES, KEEP, Format, read_format, read_formats
-from core.compress._grid import put, refuse_packed
-from core.compress._groups import FileSizes, WeightGroup, in_format, weight_groups
+from core.compress._formats import EXAMPLES, KEEP, Format, read_formats
+from core.compress._grid import refuse_packed
+from core.compress._groups import FileSizes, WeightGroup, weight_groups
 from core.compress._report import VIEWS, headline, untouched_note
 from core.compress._report import table as report
 from core.compress._rerun import INTERVAL, Reruns, equal_windows
 from core.compress._sensitivity import gradients_of, table
-from core.compress._targets import targets
+from core.compress._spending import schemes_of, store_by_gptq, store_in_stages
+from core.compress._walk import calibration_windows, walk_cost
 from core.errors import BadInput, CannotCompress
 from core.models.fp32_path import fast_fp32
 from core.registry import Settings, method
@@ -57,8 +58,20 @@ class MixedPrecisionSettings(Settings):
         max_length=200_000,
         description="Every part's format, as a budget's slider gives it; empty: the best in the budget is searched",
     )
-    samples: int = Field(16, ge=2, le=1024, description="Windows of text, each of another document")
-    sample_tokens: int = Field(128, ge=8, le=8192, description="Tokens per window")
+    score_samples: int = Field(
+        16,
+        ge=2,
+        le=1024,
+        description="Windows that choices are judged on, each the beginning of another document",
+    )
+    score_tokens: int = Field(128, ge=8, le=8192, description="Tokens of such a window")
+    quantizer: Literal["rtn", "gptq"] = Field(
+        "rtn",
+        description="rtn: round to nearest; gptq: by GPTQ, on the windows below; choices are judged by rtn",
+    )
+    samples: int = Field(128, ge=1, le=4096, description="With gptq: calibration windows at most")
+    sample_tokens: int = Field(512, ge=16, le=8192, description="With gptq: tokens per window")
+    seed: int = Field(0, ge=0, le=1_000_000, description="With gptq: which windows, where the text has more")
 
     @field_validator("formats")
     @classmethod
@@ -78,18 +91,28 @@ class MixedPrecisionSettings(Settings):
         read_budget(value, 1)
         return value
 
+    def budgeted_bytes(self, n_parameters: int) -> float:
+        """Bytes that the weight files may take; the allocation comes as near as its formats allow."""
+        return float(read_budget(self.budget, n_parameters))
+
 
 def _cost(anatomy: Anatomy, n_tokens: int, settings: MixedPrecisionSettings) -> Cost:
-    """Forward passes over windows; measured scores rerun half the model per part and format."""
+    """Forward passes over the windows that choices are judged on, then GPTQ's; measured scores rerun half the model."""
     parts = 4 * anatomy.n_layers + 2
-    tried = (
-        0 if settings.score == "fisher" else 1 if settings.assignment else len(read_formats(settings.formats))
-    )
-    tokens = settings.samples * min(settings.sample_tokens, anatomy.context_length)
-    extra = 4 * tokens * (anatomy.n_layers * anatomy.d_model + 3 * anatomy.vocab_size)
+    tried = 0
+    if settings.score == "exact":
+        tried = 1 if settings.assignment else len(read_formats(settings.formats))
+    tokens = settings.score_samples * min(settings.score_tokens, anatomy.context_length)
+    kept = 4 * tokens * (anatomy.n_layers * anatomy.d_model + 3 * anatomy.vocab_size)
     weights = 4 * anatomy.n_layers * (4 * anatomy.d_model**2 + 3 * anatomy.d_model * anatomy.d_ff)
-    gradients = 2 * (weights + 4 * anatomy.vocab_size * anatomy.d_model)
-    return Cost(settings.samples * (6 + STAGES + parts * tried / 2), extra + (0 if tried else gradients))
+    gradients = 0 if tried else 2 * (weights + 4 * anatomy.vocab_size * anatomy.d_model)
+    judged = tokens / max(1, n_tokens) * (6 + STAGES + parts * tried / 2)
+    if settings.quantizer == "rtn":
+        return Cost(judged, kept + gradients)
+    walked = walk_cost(
+        anatomy, samples=settings.samples, sample_tokens=settings.sample_tokens, collect=["gram"]
+    )
+    return Cost(judged + walked.forwards, kept + max(gradients, walked.extra_bytes))
 
 
 @method(
@@ -98,17 +121,22 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: MixedPrecisionSettings) -> 
     needs=["text", "calibration"],
     paper="https://arxiv.org/abs/1911.03852",
     cost=_cost,
+    group="quantize",
 )
 def run(
-    loaded: LoadedModel, calibration: Documents | None, progress: Progress, settings: MixedPrecisionSettings
+    loaded: LoadedModel,
+    calibration: Documents | None,
+    progress: Progress,
+    scratch: Path | None,
+    settings: MixedPrecisionSettings,
 ) -> Result:
     """Spend a budget of bytes where it saves most: every part of every layer gets its own format, chosen exactly.
 
     Each part (q, k and v together, o, gate and up together, down, the experts of a layer, embedding, head) in each format
     has bytes and a loss: a Fisher estimate of KL(as it is ‖ with that part changed), or that KL measured. The assignment
     with the smallest summed loss whose file fits the budget is found by integer programming, and is optimal among those
-    that plain transformers can read; weights are rounded to nearest. While the parts are stored one after the other,
-    least loss first, the real KL is measured, so that what was predicted can be held against what came.
+    that plain transformers can read. Weights are rounded to nearest, or by GPTQ. While the parts are rounded to nearest one
+    after the other, least loss first, the real KL is measured, so that what was predicted can be held against what came.
     """
     assert calibration is not None, "the registry's `needs` bring calibration text"
     started = time.monotonic()
@@ -116,13 +144,25 @@ def run(
     groups = weight_groups(loaded)
     offered = _offered(groups, settings)
     ids_WP = equal_windows(
-        loaded, calibration, samples=settings.samples, sample_tokens=settings.sample_tokens
+        loaded, calibration, samples=settings.score_samples, sample_tokens=settings.score_tokens
     )
     with fast_fp32(n_experts=loaded.anatomy.n_experts):
         reruns = Reruns(loaded, ids_WP)
         cells = _cells(loaded, groups, offered, ids_WP, reruns, settings, part_of(progress, 0.0, 0.7))
         chosen, promised = _chosen(loaded, groups, cells, settings)
-        rows, curve = _store(loaded, groups, chosen, reruns, settings, part_of(progress, 0.7, 1.0))
+        rest = part_of(progress, 0.7, 1.0)
+        if settings.quantizer == "gptq":
+            windows_BP = calibration_windows(
+                loaded, calibration, samples=settings.samples, sample_tokens=settings.sample_tokens,
+                seed=settings.seed,
+            )  # fmt: skip
+            rows, curve = store_by_gptq(
+                loaded, groups, chosen, settings.score, reruns, windows_BP, scratch=scratch, progress=rest
+            )
+        else:
+            rows, curve = store_in_stages(
+                loaded, groups, chosen, settings.score, reruns, stages=STAGES, progress=rest
+            )
     frame = report(rows)
     unit = "nats" if loaded.family == "decoder" else "1 - cosine"
     n_tokens = int(ids_WP.numel())
@@ -192,40 +232,8 @@ def _chosen(
             pins=read_assignment(settings.pins, "pin"),
         )  # fmt: skip
         chosen = cells[cells["format"] == cells["group"].map(best.choice_of)].reset_index(drop=True)
-    format_of = {row["group"]: read_format(row["format"]) for row in chosen.to_dict("records")}
-    schemes = {t.name: format_of[group.name] for group in groups for t in group.targets}
-    refuse_mixture(loaded, {name: scheme for name, scheme in schemes.items() if scheme is not None})
+    refuse_mixture(loaded, schemes_of(groups, chosen))
     return chosen, int(chosen["bytes"].sum()) + fixed
-
-
-def _store(
-    loaded: LoadedModel, groups: Sequence[WeightGroup], chosen: pd.DataFrame, reruns: Reruns,
-    settings: MixedPrecisionSettings, progress: Progress,
-) -> tuple[list[dict[str, Any]], pd.DataFrame]:  # fmt: skip
-    """Store the parts one after the other, least loss first; the report's lines, and predicted against measured loss."""
-    column = LOSS_OF[settings.score]
-    order = chosen.sort_values(column, kind="stable")
-    by_name = {group.name: group for group in groups}
-    stops = set(np.linspace(0, len(order), STAGES + 1).round().astype(int)[1:].tolist())
-    lines: dict[str, dict[str, Any]] = {}
-    points = []
-    for done, row in enumerate(order.to_dict("records"), start=1):
-        progress(done, len(order), f"storing {row['group']} as {row['format']}")
-        for target in by_name[row["group"]].targets:
-            before = loaded.model.get_parameter(target.name).data
-            packed = in_format(target, before, read_format(row["format"]))
-            lines[target.name] = put(loaded, target, packed, before)
-            if packed is None:
-                lines[target.name]["reason"] = "kept by the assignment"
-        if done in stops:
-            predicted = float(order[column].iloc[:done].sum())
-            points.append({"parts": done, "predicted": predicted, **reruns.summed_up(reruns.loss_W(0))})
-    todo = targets(loaded)
-    for target in todo:
-        if target.name not in lines:
-            weight = loaded.model.get_parameter(target.name).data
-            lines[target.name] = put(loaded, target, None, weight)
-    return [lines[target.name] for target in todo], pd.DataFrame(points)
 
 
 def _metrics(curve: pd.DataFrame, promised: int, n_tokens: int, unit: str) -> tuple[Metric, ...]:

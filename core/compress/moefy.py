@@ -74,6 +74,7 @@ class MoefySettings(RoutedSettings):
     needs=["decoder", "dense", "text", "calibration"],
     paper="https://arxiv.org/abs/2110.01786",
     left=lambda anatomy, settings: {},  # the neurons are only dealt out; the routers are small beside them
+    group="convert",
 )
 def run(
     loaded: LoadedModel, calibration: Documents | None, progress: Progress, settings: MoefySettings

@@ -50,6 +50,7 @@ class UpcycleSettings(RoutedSettings):
     needs=["decoder", "dense"],
     paper="https://arxiv.org/abs/2212.05055",
     left=lambda anatomy, settings: {"mlp": settings.experts},  # routers are small beside them
+    group="convert",
 )
 def run(
     loaded: LoadedModel, calibration: Documents | None, progress: Progress, settings: UpcycleSettings
