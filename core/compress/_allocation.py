@@ -62,14 +62,11 @@ class Menu:
         smallest_G = np.where(self.allowed_GC, self.bytes_GC, np.iinfo(np.int64).max).min(1)
         return int(smallest_G.sum()) + self.fixed_bytes
 
-    def offers(self, group: str, choice: str) -> bool:
-        """Whether a group can take a choice."""
-        return bool(self.allowed_GC[self.groups.index(group), self.choices.index(choice)])
-
-    def only(self, mask_GC: NDArray[np.bool_]) -> Menu | None:
-        """The menu with only these cells; None where a group would be left with nothing."""
+    def only(self, mask_GC: NDArray[np.bool_], pins: Mapping[str, str]) -> Menu | None:
+        """The menu with only these cells; None where a group, or one's pin, would be left with nothing."""
         allowed_GC = self.allowed_GC & mask_GC
-        if not allowed_GC.any(1).all():
+        kept = [allowed_GC[self.groups.index(g), self.choices.index(c)] for g, c in pins.items()]
+        if not allowed_GC.any(1).all() or not all(kept):
             return None
         return replace(self, loss_GC=np.where(allowed_GC, self.loss_GC, np.nan))
 
@@ -111,6 +108,12 @@ class Frontier:
     """Ascending."""
     loss_N: Floats
     """Descending."""
+
+    def bound(self, budget: int) -> float:
+        """No allocation in ``budget`` bytes has a smaller loss; infinite below the smallest."""
+        if budget < self.bytes_N[0]:
+            return float("inf")
+        return float(np.interp(budget, self.bytes_N, self.loss_N))
 
 
 def allocate(menu: Menu, budget: int, *, pins: Mapping[str, str] | None = None) -> Allocation:

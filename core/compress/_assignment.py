@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from core.compress._allocation import Allocation, Menu, OverBudget, allocate
+from core.compress._allocation import Allocation, Menu, allocate, frontier
 from core.compress._formats import is_plain, is_symmetric, read_format
 from core.errors import BadInput
 
@@ -71,20 +71,24 @@ def allocate_readable(
     menu = menu_of(cells, fixed_bytes=fixed_bytes, score=score)
     menu.pinned(pins or {})  # refused with every choice of the group named
     kind_of = dict(zip(cells["group"], cells["kind"], strict=True))
-    found: list[Allocation] = []
-    refusals: list[OverBudget] = []
-    for mask_GC in readable(menu, kind_of):
-        held = menu.only(mask_GC)
-        if held is None or any(not held.offers(group, choice) for group, choice in (pins or {}).items()):
-            continue
-        try:
-            found.append(allocate(held, budget, pins=pins))
-        except OverBudget as error:
-            refusals.append(error)
-    if found:
-        return min(found, key=lambda one: (one.loss, one.bytes))
-    if refusals:
-        raise min(refusals, key=lambda error: error.minimum)
+    files = [
+        held for mask_GC in readable(menu, kind_of) if (held := menu.only(mask_GC, pins or {})) is not None
+    ]
+    by_bound = sorted(
+        ((frontier(held, pins=pins).bound(budget), held) for held in files), key=lambda one: one[0]
+    )
+    best: Allocation | None = None
+    for bound, held in by_bound:
+        # What the hull already rules out need not be searched.
+        if bound == float("inf") or (best is not None and bound >= best.loss):
+            break
+        found = allocate(held, budget, pins=pins)
+        if best is None or (found.loss, found.bytes) < (best.loss, best.bytes):
+            best = found
+    if best is not None:
+        return best
+    if files:  # each is too large: the smallest says by how much
+        return allocate(min(files, key=lambda held: held.pinned(pins or {}).minimum), budget, pins=pins)
     raise BadInput(
         "these pins cannot stand in one file: transformers reads several formats side by side only in linear layers, "
         "without zero points, with embeddings as plain floats (float8, bfloat16, keep), and one format for all experts"
