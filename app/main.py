@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     ("home", "Home", "home", "Open a model, see what was made of it"),
     ("model", "Model", "deployed_code", "Where a model's parameters and bytes are"),
+    ("formats", "Formats", "pin", "What a number can hold, and what a format would make of the weights"),
     ("inspect", "Inspect", "troubleshoot", "What a model computes, layer by layer"),
     (
         "routing",

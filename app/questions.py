@@ -10,9 +10,9 @@ import pandas as pd
 from core.registry import Example, Method, Need, Question, methods
 from core.types import Family
 
-Page = Literal["inspect", "routing"]
+Page = Literal["inspect", "routing", "formats"]
 """The pages that put questions to a model."""
-FIRST: dict[Page, str] = {"inspect": "logit_lens", "routing": "expert_load"}
+FIRST: dict[Page, str] = {"inspect": "logit_lens", "routing": "expert_load", "formats": "weight_formats"}
 """What each of them opens on where the model has it."""
 
 QUESTIONS: tuple[Question, ...] = (
@@ -24,6 +24,7 @@ QUESTIONS: tuple[Question, ...] = (
     "Which expert does what?",
     "What if it routed otherwise?",
     "What did compression break?",
+    "What can a number hold?",
 )
 """In the order in which they are offered."""
 FALLBACK: Question = "What did it compute?"
@@ -41,7 +42,9 @@ _NEED_WORDS: dict[Need, str] = {
 
 
 def page_of(probe: Method) -> Page:
-    """The page that draws a probe: what asks about experts has its own."""
+    """The page that draws a probe: what asks about experts has its own, and what asks about number formats."""
+    if question_of(probe) == "What can a number hold?":
+        return "formats"
     return "routing" if "moe" in probe.needs else "inspect"
 
 

@@ -36,6 +36,7 @@ Question = Literal[
     "What did compression break?",
     "Which expert does what?",
     "What if it routed otherwise?",
+    "What can a number hold?",
 ]
 """What a reader of a model asks; every probe says which one it answers, and the page opens on them."""
 Group = Literal["quantize", "prune", "experts", "transform", "convert"]

@@ -47,16 +47,18 @@ def desk(
     *,
     first: str,
     facts: Callable[[ModelCard], None] | None = None,
+    hide_unread: bool = False,
 ) -> None:
     """Draw the questions, the input and the answer.
 
-    ``first`` is the probe that is asked when none was chosen; ``facts`` draws what is to be known of the model before.
+    ``first`` is the probe that is asked when none was chosen; ``facts`` draws what is to be known of the model before;
+    ``hide_unread`` leaves the prompt out where it is not read.
     """
     head = st.container()
     if facts is not None:
         facts(card)
     question_bar(probes, card, first)
-    asked = _form(probes, source, card, first)
+    asked = _form(probes, source, card, first, hide_unread=hide_unread)
     if asked.settings is None or asked.prompt is None:
         head.title(esc(asked.probe.title), anchor=False)
         st.stop()
@@ -81,7 +83,9 @@ def desk(
     _answer(Question.of(source, probe, prompt, settings, asked.reference), asked, card, run)
 
 
-def _form(probes: Mapping[str, Method], source: str, card: ModelCard, first: str) -> Asked:
+def _form(
+    probes: Mapping[str, Method], source: str, card: ModelCard, first: str, *, hide_unread: bool
+) -> Asked:
     """The probe, its input, its settings and a second model."""
     with st.container(border=True):
         left, right = st.columns(2, gap="medium")
@@ -103,7 +107,8 @@ def _form(probes: Mapping[str, Method], source: str, card: ModelCard, first: str
             misfit_note(probes, card)
         with box:
             read = settings is None or settings.reads_prompt
-            prompt = prompt_box(card.family, ask_ahead, read=read)
+            hidden = hide_unread and not read
+            prompt = Prompt() if hidden else prompt_box(card.family, ask_ahead, read=read)
     return Asked(probe, prompt, settings, other, reference)
 
 

@@ -21,10 +21,15 @@ def wanted(probes: Mapping[str, Method], card: ModelCard, first: str) -> Method:
 
 
 def question_bar(probes: Mapping[str, Method], card: ModelCard, first: str) -> None:
-    """The questions that this model can be asked, as one row; choosing one goes to its first probe."""
+    """The questions that this model can be asked, as one row; choosing one goes to its first probe.
+
+    Nothing is drawn where there is only one.
+    """
     offered = questions.by_question(questions.usable(probes, card.offers).values())
     now = questions.question_of(wanted(probes, card, first))
     st.session_state["question"] = now
+    if len(offered) == 1:
+        return
 
     def choose() -> None:
         question = st.session_state["question"]
