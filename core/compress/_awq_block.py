@@ -145,14 +145,16 @@ class AwqBlock:
         packs = [pack for _, pack in fitted]
         if self.options.by_gptq:
             found = self._by_gptq(together, [grid for grid, _ in fitted], gram_II)
-            packs = [
-                min((a, b), key=lambda pack, m=m: self._loss(m, m.read(), pack))
-                for m, a, b in zip(together, found, packs, strict=True)
-            ]
+            packs = [self._better(*each) for each in zip(together, found, packs, strict=True)]
         return [
             (m, pack, self._line(m, tokens, scaled, pack))
             for m, pack, scaled in zip(together, packs, nearest, strict=True)
         ]
+
+    def _better(self, matrix: Matrix, one: PackedTensor, other: PackedTensor) -> PackedTensor:
+        """The form that moves the matrix's outputs less; a loss that is no number loses."""
+        weight_OI = matrix.read()
+        return one if self._loss(matrix, weight_OI, one) < self._loss(matrix, weight_OI, other) else other
 
     def _fitted(self, matrix: Matrix, nearest: PackedTensor, gram_II: Tensor) -> tuple[Grid, PackedTensor]:
         """The matrix's grid, clipped and refitted, and the matrix rounded to nearest on it."""

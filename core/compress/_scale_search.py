@@ -66,8 +66,8 @@ class Found:
 
 
 def output_loss(error_OI: Tensor, gram_II: Tensor) -> float:
-    """‖X Eᵀ‖² = tr(E H Eᵀ)."""
-    return max(0.0, float(((error_OI @ gram_II) * error_OI).sum(dtype=torch.float64)))
+    """‖X Eᵀ‖² = tr(E H Eᵀ); rounding never makes it negative, and what is no number stays so."""
+    return float(((error_OI @ gram_II) * error_OI).sum(dtype=torch.float64).clamp(min=0))
 
 
 def channel_scales(mean_abs_S: Tensor, weight_size_S: Tensor | None, ratio: float) -> Tensor:
