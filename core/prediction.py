@@ -18,6 +18,8 @@ from core.recipe import Recipe, Step
 from core.registry import get
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from core.models.sizes import ModelCard
 
 SAMPLE_TOKENS = 512
@@ -33,6 +35,22 @@ class StoresBits(Protocol):
         """Component → bits per value in the file, scales included; what is not named stays as it is."""
 
 
+class Counted(Protocol):
+    """What sizes are counted from: a model card, or less."""
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Of the model."""
+
+    @property
+    def dtype(self) -> str:
+        """What it is held in."""
+
+    @property
+    def components(self) -> pd.DataFrame:
+        """``core.models.sizes.component_sizes``."""
+
+
 @runtime_checkable
 class KeepsBudget(Protocol):
     """Settings of a step that is told how large the result may be."""
@@ -41,7 +59,7 @@ class KeepsBudget(Protocol):
         """Bytes that a model of so many parameters may take."""
 
 
-def predicted_bytes(card: ModelCard, recipe: Recipe) -> float | None:
+def predicted_bytes(card: Counted, recipe: Recipe) -> float | None:
     """Bytes of the weight files, file headers aside; None where a step does not say, or will be refused."""
     sizes = card.components.groupby("component")["parameters"].sum().astype(float)
     bits = dict.fromkeys(sizes.index, float(WIDTH.get(card.dtype, 32)))
