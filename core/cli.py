@@ -166,6 +166,17 @@ def command_run(args: argparse.Namespace) -> Any:
     return {**made.summary(), "runs": runs}
 
 
+def command_plan(args: argparse.Namespace) -> Any:
+    """Say how a model could fit into a budget of bytes, and what that is predicted to cost."""
+    from core.planning import plan_model, summary
+
+    planned = plan_model(
+        _catalog(), args.model, args.budget, tolerance=args.tolerance, settings=pairs(args.set),
+        progress=terminal_progress(),
+    )  # fmt: skip
+    return planned if args.json else pd.DataFrame(summary(planned))
+
+
 def command_sweep(args: argparse.Namespace) -> Any:
     """Make a variant for every combination of values of a method's settings, measure each, compare them."""
     from core.loop import opened
@@ -334,6 +345,15 @@ def _add_making(add: Add) -> None:
     _takes_calibration(parser)
     _takes_measuring(parser)
     parser.add_argument("--with-base", action="store_true", help="measure the base too, in the same session")
+    parser = add("plan", command_plan)
+    _takes_model(parser, "--model")
+    parser.add_argument(
+        "--budget", required=True, help="of the weight file: 60MB, 1.2GB, or 4.5bpw (bits per weight)"
+    )
+    parser.add_argument("--tolerance", help="largest loss: 0.1 (KL in nats), or 0.05bpb (bits per byte more)")
+    _takes_settings(
+        parser, of="sensitivities; without any the newest stored ones are used, else measure=fisher"
+    )
     parser = add("sweep", command_sweep)
     parser.add_argument("method", help="id of a compress method, e.g. rtn")
     _takes_model(parser, "--model")

@@ -15,7 +15,7 @@ from typing import Literal
 import pandas as pd
 
 from core.compress._allocation import Allocation, OverBudget
-from core.compress._assignment import LOSS_OF, Score, allocate_readable, read_tolerance, written
+from core.compress._assignment import Score, allocate_readable, read_tolerance, written
 from core.compress._formats import KEEP
 from core.errors import BadInput
 from core.recipe import Recipe
@@ -33,8 +33,8 @@ class Sensitivity:
 
     cells: pd.DataFrame
     """One row per group and format; see ``core.compress._sensitivity.table``."""
-    drops: pd.DataFrame | None
-    """One row per layer: the loss without it. None where it was not measured."""
+    drops: pd.DataFrame
+    """One row per layer: the loss without it."""
     fixed_bytes: int
     score: Score
     unit: str
@@ -54,9 +54,9 @@ class Sensitivity:
         facts = result.provenance.conditions
         return cls(
             result.frames["cells"],
-            result.frames.get("drops"),
+            result.frames["drops"],
             int(facts["fixed_bytes"]),
-            "exact" if "drops" in result.frames else "fisher",
+            "exact" if result.frames["cells"]["loss"].notna().any() else "fisher",
             str(facts["loss_unit"]),
             facts["bytes_per_token"],
             str(facts["text"]),
@@ -124,13 +124,11 @@ def _quantize(table: Sensitivity, best: Allocation, most: float | None) -> Plan:
 
 def _prune(table: Sensitivity, budget: int, pins: Mapping[str, str], most: float | None) -> Plan | None:
     """Drop the layers that cost least alone, as many as leave the smallest summed loss, and quantize what stays."""
-    if table.drops is None or len(table.drops) < 2:
-        return None
     order = table.drops.sort_values("loss", kind="stable")
     pinned = {table.cells.loc[table.cells["group"] == group, "layer"].iloc[0] for group in pins}
     order = order[~order["layer"].isin([layer for layer in pinned if not pd.isna(layer)])]
     best: tuple[float, Allocation, tuple[int, ...], Sensitivity] | None = None
-    for count in range(1, min(len(order), max(1, int(len(table.drops) * MOST_DROPPED))) + 1):
+    for count in range(1, min(len(order), int(len(table.drops) * MOST_DROPPED)) + 1):
         gone = tuple(sorted(int(layer) for layer in order["layer"].iloc[:count]))
         left = _without(table, gone)
         try:
@@ -201,7 +199,6 @@ def _mixed(table: Sensitivity, choice_of: Mapping[str, str]) -> Recipe:
 
 def _without(table: Sensitivity, gone: tuple[int, ...]) -> Sensitivity:
     """The table of the model without some layers, the others numbered anew."""
-    assert table.drops is not None
     cells = table.cells[~table.cells["layer"].isin(gone)].copy()
     cells["group"] = [_renumbered(group, gone) for group in cells["group"]]
     cells["layer"] = [
@@ -231,8 +228,3 @@ def _shares(cells: pd.DataFrame, choice_of: Mapping[str, str]) -> str:
     chosen = cells[cells["format"] == cells["group"].map(dict(choice_of))]
     sums = chosen.groupby("format")["parameters"].sum().sort_values(ascending=False)
     return ", ".join(f"{name} {share:.0%}" for name, share in (sums / sums.sum()).items())
-
-
-def loss_column(table: Sensitivity) -> str:
-    """The column of the table that losses are taken from."""
-    return LOSS_OF[table.score]

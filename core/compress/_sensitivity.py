@@ -118,10 +118,11 @@ def changed(loaded: LoadedModel, group: WeightGroup, format_: Format) -> Iterato
 def together(
     loaded: LoadedModel, groups: Sequence[WeightGroup], formats: Mapping[str, Format], reruns: Reruns, measured: pd.DataFrame
 ) -> pd.DataFrame:  # fmt: skip
-    """Whether losses add up: every group in one format at once, against the sum of one at a time.
+    """Whether losses add up: every group in one format at once, against the sum of one at a time (or of the scores).
 
     Columns: format, groups, summed, loss, loss_low, loss_high. Groups that cannot take the format are left as they are in both.
     """
+    column = "fisher" if measured["loss"].isna().all() else "loss"
     rows = []
     for name, format_ in formats.items():
         of_format = measured[measured["format"] == name]
@@ -130,7 +131,7 @@ def together(
             continue
         with _all_changed(loaded, able, format_):
             found = reruns.summed_up(reruns.loss_W(0))
-        rows.append({"format": name, "groups": len(able), "summed": float(of_format["loss"].sum()), **found})
+        rows.append({"format": name, "groups": len(able), "summed": float(of_format[column].sum()), **found})
     columns = ["format", "groups", "summed", "loss", "loss_low", "loss_high"]
     return pd.DataFrame(rows, columns=columns)
 

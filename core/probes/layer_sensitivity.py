@@ -63,16 +63,13 @@ class LayerSensitivitySettings(Settings):
 def sensitivity_cost(anatomy: Anatomy, n_tokens: int, settings: LayerSensitivitySettings) -> Cost:
     """Half a forward pass over the windows per part and format, since a rerun begins at the part's own layer."""
     share = settings.samples * settings.sample_tokens / max(1, n_tokens)
-    exact = 0.0 if settings.measure == "fisher" else _reruns(anatomy, settings)
+    formats = len(read_formats(settings.formats))
+    whole = anatomy.n_layers / 2 + 2 * formats + 2
+    exact = 0.0 if settings.measure == "fisher" else PARTS_PER_LAYER * formats * anatomy.n_layers / 2
     scores = 0.0 if settings.measure == "exact" else 5.0
     tokens = settings.samples * settings.sample_tokens
     kept = 4 * tokens * (anatomy.n_layers * anatomy.d_model + 3 * anatomy.vocab_size)
-    return Cost(share * (exact + scores), kept)
-
-
-def _reruns(anatomy: Anatomy, settings: LayerSensitivitySettings) -> float:
-    formats = len(read_formats(settings.formats))
-    return (PARTS_PER_LAYER * formats + 1) * anatomy.n_layers / 2 + 2 * formats + 2
+    return Cost(share * (exact + scores + whole), kept)
 
 
 _PROMPT = Prompt("(the calibration text is read; the prompt is not)")
@@ -115,19 +112,22 @@ def layer_sensitivity(
         if settings.measure != "exact":
             scored = gradients_of(loaded, groups, ids_WP, part_of(progress, 0.0, 0.1))
         with torch.inference_mode():
-            reruns = None if settings.measure == "fisher" else Reruns(loaded, ids_WP)
+            reruns = Reruns(loaded, ids_WP)
             cells = table(
-                loaded, groups, lambda group: formats, reruns=reruns, gradients=scored, progress=part_of(progress, 0.1, 0.9)
+                loaded, groups, lambda group: formats, reruns=None if settings.measure == "fisher" else reruns,
+                gradients=scored, progress=part_of(progress, 0.1, 0.9),
             )  # fmt: skip
-            frames = {"cells": cells}
-            gap = None
-            if reruns is not None:
-                frames["together"] = together(loaded, groups, formats, reruns, cells)
-                frames["drops"] = drops(loaded, reruns, part_of(progress, 0.95, 1.0))
-                gap = float(reruns.loss_W(loaded.anatomy.n_layers // 2).max())
+            frames = {
+                "cells": cells,
+                "together": together(loaded, groups, formats, reruns, cells),
+                "drops": drops(loaded, reruns, part_of(progress, 0.95, 1.0)),
+            }
+            gap = float(reruns.loss_W(loaded.anatomy.n_layers // 2).max())
     changed = cells[cells["format"] != KEEP]
     unit = "nats" if loaded.family == "decoder" else "1 - cosine"
-    ranked = changed.sort_values("fisher" if reruns is None else "loss", ascending=False, ignore_index=True)
+    ranked = changed.sort_values(
+        "fisher" if settings.measure == "fisher" else "loss", ascending=False, ignore_index=True
+    )
     n_tokens = int(ids_WP.numel())
     return Result(
         frames={"main": changed.reset_index(drop=True), "ranked": ranked, **frames},
@@ -153,7 +153,7 @@ def _metrics(frames: dict[str, pd.DataFrame], n_tokens: int, unit: str) -> tuple
     found = []
     if correlation is not None:
         found.append(Metric("fisher_rank_correlation", correlation, "", "higher", n=len(cells)))
-    if "together" in frames:
+    if cells["loss"].notna().any():
         worst = cells.nlargest(1, "loss").to_dict("records")[0]
         low, high = worst["loss_low"], worst["loss_high"]
         found.append(Metric("largest_loss", worst["loss"], unit, "lower", n_tokens, low, high, INTERVAL))
@@ -173,7 +173,7 @@ def _notes(
         notes.append(
             f"The Fisher score ranks the cells as the measured loss does with a rank correlation of {correlation:.3f}."
         )
-    if "together" in frames and len(frames["together"]):
+    if len(frames["together"]):
         rows = frames["together"].to_dict("records")
         said = "; ".join(f"{row['format']} {row['summed']:.3g} against {row['loss']:.3g}" for row in rows)
         notes.append(f"Losses summed over parts against all parts at once: {said}.")
@@ -206,10 +206,11 @@ def _views(unit: str, settings: LayerSensitivitySettings) -> tuple[View, ...]:
             View("scatter", x="fisher", y="loss", color="format", title="Estimated against measured", unit=unit,
                  log=True, tooltip=("group", "format"))
         )  # fmt: skip
-    if settings.measure != "fisher":
-        views += [
-            View("bar", x="layer", y="loss", frame="drops", title="Loss without the whole layer", unit=unit),
-            View("table", x="format", text="groups", color="loss", frame="together", unit=unit,
-                 title="Do losses add up?", tooltip=("summed", "loss_low", "loss_high")),
-        ]  # fmt: skip
-    return tuple(views)
+    return (
+        *views,
+        View("bar", x="layer", y="loss", frame="drops", title="Loss without the whole layer", unit=unit),
+        View(
+            "table", x="format", text="groups", color="loss", frame="together", unit=unit, title="Do losses add up?",
+            tooltip=("summed", "loss_low", "loss_high"),
+        ),
+    )  # fmt: skip
