@@ -8,7 +8,7 @@ VENV      := .venv
 BIN       := $(VENV)/bin
 PIP       := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 
-.PHONY: run setup test check bench bench-inspect bench-moe docs chromium clean
+.PHONY: run setup test test-all check bench bench-inspect bench-moe docs chromium clean
 .DEFAULT_GOAL := run
 
 run: setup                     ## open the dashboard on 127.0.0.1:$(PORT)
@@ -21,6 +21,9 @@ test: $(VENV)/.installed-dev chromium ## lint, types and every test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q $(WORKERS)
+
+test-all:                      ## `make test` with every rotating test, not a third of them: what to run before a release
+	SLIMSCOPE_ROTATION=all $(MAKE) test
 
 check: $(VENV)/.installed-dev  ## the quick half of `make test`: lint, types, tests under ~10 s each
 	$(BIN)/ruff check .

@@ -1,4 +1,7 @@
-"""The one Chromium of a test session, since Playwright cannot be started twice in a process; and patient threads.
+"""The one Chromium of a test session, since Playwright cannot be started twice in a process; patient threads; and turns.
+
+Tests marked ``rotating`` take turns: each day runs a third of them, chosen by name, so that all have run after three
+days. ``SLIMSCOPE_ROTATION`` names a turn (0, 1, 2) or ``all``.
 
 Tests share the cores with the dashboards, inspectors and workers that they start: torch's threads must sleep while
 they wait, as ``core.lazy`` has it, also where a test imports torch before core.
@@ -6,8 +9,10 @@ they wait, as ``core.lazy`` has it, also where a test imports torch before core.
 
 from __future__ import annotations
 
+import datetime
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +30,31 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+TURNS = 3
+
+
+def pytest_report_header() -> str:
+    return f"rotating tests: turn {_turn()} of {TURNS}; SLIMSCOPE_ROTATION=all runs every one"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out whose turn it is not; a test that was named on the command line is always run."""
+    turn = _turn()
+    if turn == "all" or any("::" in argument for argument in config.args):
+        return
+    waiting = [item for item in items if item.get_closest_marker("rotating") and _turn_of(item) != turn]
+    if waiting:
+        config.hook.pytest_deselected(items=waiting)
+        left_out = {item.nodeid for item in waiting}
+        items[:] = [item for item in items if item.nodeid not in left_out]
+
+
+def _turn() -> str:
+    return os.environ.get("SLIMSCOPE_ROTATION") or str(datetime.date.today().toordinal() % TURNS)
+
+
+def _turn_of(item: pytest.Item) -> str:
+    return str(zlib.crc32(item.nodeid.encode()) % TURNS)
 
 
 @pytest.fixture(autouse=True)

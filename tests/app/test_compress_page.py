@@ -69,15 +69,81 @@ def test_clicking_twice_queues_once(queue, model):
 
 
 def test_the_form_makes_the_recipe_and_the_tier_reaches_the_profile(queue, model):
-    app = open_page("compress", model=model, rtn_bits="2", tier="rapid")
+    app = open_page("compress", model=model, profile_tier="rapid")
+    app.selectbox(key="step0_bits").set_value(2).run()
     app.button(key="make_own").click().run()
     checked(app)
     made, _, profiled = oldest_first(queue)[:3]
     assert made.spec["recipe"]["steps"][0]["settings"]["bits"] == 2
+    assert json.loads(app.query_params["recipe"]) == made.spec["recipe"], "the recipe is a link"
     assert profiled.spec["settings"] == {"tier": "rapid"}
 
 
-def test_a_recipe_in_the_address_is_edited_as_json(queue, model):
+def steps(app) -> list[str]:
+    """Methods of the recipe that the address holds, in order."""
+    return [step["method"] for step in json.loads(app.query_params["recipe"])["steps"]]
+
+
+def test_steps_are_added_ordered_duplicated_and_removed_without_dragging(queue, model):
+    app = open_page("compress", model=model)
+    app.button(key="add_cast").click().run()
+    assert steps(app) == ["rtn", "cast"]
+    assert any("will be refused" in text.value for text in app.markdown), "a cast after a quantizing step"
+    app.button(key="step_move_up").click().run()
+    assert steps(app) == ["cast", "rtn"]
+    assert not any("will be refused" in text.value for text in app.markdown)
+    assert app.button(key="step_move_up").disabled
+    app.button(key="step_duplicate").click().run()
+    assert steps(app) == ["cast", "cast", "rtn"]
+    app.button(key="step_remove").click().run()
+    app.button(key="make_own").click().run()
+    checked(app)
+    assert [s["method"] for s in oldest_first(queue)[0].spec["recipe"]["steps"]] == ["cast", "rtn"]
+
+
+def test_the_only_step_stays(queue, model):
+    assert open_page("compress", model=model).button(key="step_remove").disabled
+
+
+def test_json_and_steps_are_two_faces_of_one_recipe(queue, model):
+    app = open_page("compress", model=model)
+    app.segmented_control(key="write_as").set_value("JSON").run()
+    written = json.dumps({"steps": [{"method": "rtn", "settings": {"bits": 3}}, {"method": "magnitude"}]})
+    app.text_area(key="recipe_text0").set_value(written).run()
+    app.segmented_control(key="write_as").set_value("Steps").run()
+    checked(app)
+    assert app.selectbox(key="step1_bits").value == 3
+    app.selectbox(key="step1_bits").set_value(5).run()
+    app.segmented_control(key="write_as").set_value("JSON").run()
+    shown = json.loads(app.text_area(key="recipe_text1").value)
+    assert [step["method"] for step in shown["steps"]] == ["rtn", "magnitude"]
+    assert shown["steps"][0]["settings"]["bits"] == 5
+
+
+def test_a_sweep_queues_every_combination_in_one_group(queue, model):
+    app = open_page("compress", model=model)
+    for _ in range(40):
+        if engine.open_model(model).ticket.succeeded:
+            break
+        engine.open_model(model).ticket.result(timeout=60)
+    app.session_state["sweep"] = True
+    app.run()
+    app.get("button_group")  # the values are pills
+    app.session_state["sweep_rtn_bits_values"] = ["3", "8"]
+    app.selectbox(key="sweep_rtn_1").set_value("group_size").run()
+    app.session_state["sweep_rtn_group_size_values"] = ["32", "64"]
+    app.run()
+    checked(app)
+    app.button(key="make_sweep").click().run()
+    checked(app)
+    made = [job for job in oldest_first(queue) if job.kind == "compress"]
+    swept = [job.spec["recipe"]["steps"][0]["settings"] for job in made]
+    assert [(s["bits"], s["group_size"]) for s in swept] == [(3, "32"), (3, "64"), (8, "32"), (8, "64")]
+    assert len({job.group_id for job in queue.jobs()}) == 1
+    assert len(queue.jobs()) == 4 * 3 + 2, "the base is measured once"
+
+
+def test_a_recipe_in_the_address_is_made_as_it_is(queue, model):
     written = json.dumps({"steps": [{"method": "cast", "settings": {"dtype": "float16"}}]})
     app = open_page("compress", model=model, recipe=written)
     app.button(key="make_own").click().run()

@@ -14,6 +14,8 @@ from core.registry import get
 from core.types import ModelRef, Prompt, silent
 from tests.tiny import tiny_folder
 
+pytestmark = pytest.mark.rotating
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("distractor", ["", " and"])

@@ -13,6 +13,8 @@ from app.reproduce import probe_script
 from core.registry import get
 from core.types import Prompt
 
+pytestmark = pytest.mark.rotating
+
 TEXT = "one two three one two three four"
 
 

@@ -13,6 +13,8 @@ from core.registry import get
 from core.types import ModelRef, Prompt, silent
 from tests.tiny import tiny_folder
 
+pytestmark = pytest.mark.rotating
+
 PROMPT = Prompt("a b c d e f")
 
 

@@ -16,6 +16,8 @@ from core.registry import get
 from core.types import ModelRef, Prompt, Result, silent
 from tests.tiny import tiny_folder
 
+pytestmark = pytest.mark.rotating
+
 PAIR = Prompt("one two three four", "the capital of France is Paris")
 
 

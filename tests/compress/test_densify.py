@@ -21,6 +21,8 @@ from core.types import Documents, Result, silent
 from tests.compress.making import own_model
 from tests.tiny import CORPUS, LAYERS
 
+pytestmark = pytest.mark.rotating
+
 OFFERED = {
     "mixtral": "MistralForCausalLM",
     "olmoe": "OlmoeForCausalLM",

@@ -23,6 +23,8 @@ from core.types import Documents, Result, silent
 from tests.compress.making import own_model
 from tests.tiny import CORPUS
 
+pytestmark = pytest.mark.rotating
+
 TEXT = Documents("corpus", "calibration", tuple((text + "\n") * 6 for text in CORPUS))
 ONE_BY_ONE = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "deepseek_v3", "jamba")
 AS_ONE_TENSOR = ("gpt_oss", "granitemoe")

@@ -22,6 +22,8 @@ from core.types import Documents, Result, silent
 from tests.compress.making import own_model
 from tests.tiny import CORPUS, n_hooks, tiny_model
 
+pytestmark = pytest.mark.rotating
+
 TEXT = Documents("corpus", "calibration", tuple((text + "\n") * 6 for text in CORPUS))
 QUICK = {"steps": 4, "batch": 2, "window": 32, "calibration_tokens": 512, "checks": 2}
 

@@ -25,7 +25,7 @@ from core.numerics.activations import ActivationScheme, round_input
 from core.numerics.schemes import FloatScheme, IntegerScheme, MxScheme, Scheme
 from core.types import ModelRef, silent
 from tests.compress.making import apply, own_model
-from tests.tiny import tiny_model
+from tests.tiny import tiny_folder, tiny_model
 
 CHOICES: list[Scheme] = [
     IntegerScheme(bits, group, symmetric=True) for bits in range(2, 9) for group in (32, 64, None)
@@ -200,3 +200,19 @@ def test_rounded_inputs_by_hand() -> None:
     rows = torch.tensor([[[127.5, -1.0, 0.49], [0.0, 0.0, 0.0]]])
     assert round_input(rows, ActivationScheme()).tolist() == [[[127.0, -1.0, 0.0], [0.0, 0.0, 0.0]]]
     assert round_input(rows, ActivationScheme(scale=0.5))[0, 0].tolist() == [63.5, -1.0, 0.5]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_experts_may_stay_plain_beside_packed_weights(several: bool, dtype: str, tmp_path: Path) -> None:
+    folder = tiny_folder("olmoe", tmp_path / "base")
+    stored = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    stored.save_pretrained(folder)
+    loaded = open_model(ModelRef(str(folder)))
+    linear = [target.name for target in targets(loaded) if target.layout == "linear"]
+    schemes: dict[str, Scheme] = {name: IntegerScheme(4, 32, symmetric=True) for name in linear}
+    if several:
+        schemes[linear[0]] = IntegerScheme(8, None, symmetric=True)
+    described = saved(loaded, schemes, tmp_path / "variant")
+    assert described["dequantize"] is not several
+    assert_reloads(loaded, tmp_path / "variant")

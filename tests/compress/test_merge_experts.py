@@ -25,6 +25,8 @@ from core.types import Documents, Result, silent
 from tests.compress.making import own_model
 from tests.tiny import CORPUS, MOE, tiny_model
 
+pytestmark = pytest.mark.rotating
+
 TEXT = Documents("corpus", "calibration", tuple(text * 3 for text in CORPUS))
 SCHEMES = ("ream", "hc_smoe")
 

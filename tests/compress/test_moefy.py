@@ -20,6 +20,8 @@ from core.types import Documents, Result, silent
 from tests.compress.making import own_model
 from tests.tiny import CORPUS, D_FF
 
+pytestmark = pytest.mark.rotating
+
 OFFERED = ("llama", "mistral", "qwen2", "qwen3")
 TEXT = Documents("corpus", "calibration", CORPUS)
 EXACT = 1e-6

@@ -23,6 +23,8 @@ from tests.compress.making import own_model
 from tests.references.slow_experts import decisions
 from tests.tiny import CORPUS, tiny_model
 
+pytestmark = pytest.mark.rotating
+
 TEXT = Documents("corpus", "calibration", CORPUS)
 
 

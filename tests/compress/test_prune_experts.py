@@ -21,6 +21,8 @@ from core.types import Documents, ModelRef, Result, silent
 from tests.compress.making import grouped_model, own_model, save
 from tests.tiny import CORPUS, MOE
 
+pytestmark = pytest.mark.rotating
+
 TEXT = Documents("corpus", "calibration", CORPUS)
 SMALL: dict[str, Any] = {"calibration_tokens": 64, "compare_tokens": 32}
 

@@ -20,6 +20,8 @@ from core.types import ModelRef, silent
 from tests.compress.making import apply, own_model
 from tests.tiny import D_FF, D_MODEL, LAYERS, tiny_folder
 
+pytestmark = pytest.mark.rotating
+
 OFFERED = {
     "llama": "MixtralForCausalLM",
     "smollm": "MixtralForCausalLM",

@@ -13,6 +13,8 @@ from core.recipe import Recipe
 from core.types import ModelRef, silent
 from tests.tiny import tiny_folder
 
+pytestmark = pytest.mark.rotating
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["smollm", "gpt2", "olmoe"])

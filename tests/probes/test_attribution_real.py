@@ -11,7 +11,7 @@ from core.models.open import open_model
 from core.registry import get
 from core.types import ModelRef, Result, silent
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.rotating]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from core.probes.head_reading import HeadReadingSettings, head_reading
 from core.probes.head_scores import HeadScoresSettings, head_scores
 from core.types import ModelRef, Prompt, silent
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.rotating]
 NAMES = Prompt("When Mary and John went to the store, John gave a drink to Mary. When Mary and John")
 
 

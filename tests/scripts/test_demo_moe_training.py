@@ -21,6 +21,8 @@ from scripts.demo_moe.loop import Run, decisions, new_model, rate, train
 from scripts.demo_moe.losses import load_balance, router_z, shares, within_pools
 from scripts.demo_moe.text import batch
 
+pytestmark = pytest.mark.rotating
+
 E, K = 8, 2
 
 

@@ -16,7 +16,7 @@ from core.train.sparse_autoencoder import SparseAutoencoderSettings, sparse_auto
 from core.train.tuned_lens import TunedLensSettings, tuned_lens
 from core.types import ModelRef, Prompt, silent
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.rotating]
 PROMPT = Prompt("The capital of France is")
 
 
