@@ -115,10 +115,7 @@ def _quantize_stack(
     rows = {}
     for target, before, parts in zip(stack.targets, befores, zip(*found, strict=True), strict=True):
         packed = joined(parts) if target.layout == "experts" else each(parts[0], itemgetter(0))
-        rows[target.name] = put(loaded, target, packed, before)
-        # Back into the memory the model had, which may be the file's: so weights are never held twice.
-        parameter = loaded.model.get_parameter(target.name)
-        parameter.data = before.copy_(parameter.data)
+        rows[target.name] = _put_in_place(loaded, target, packed, before)
     return rows
 
 
@@ -133,4 +130,14 @@ def _chunks(stack: _Stack) -> Iterator[slice]:
 
 def _put_nearest(loaded: LoadedModel, target: Target, scheme: Scheme | None) -> dict[str, Any]:
     before = loaded.model.get_parameter(target.name).data
-    return put(loaded, target, None if scheme is None else rounded(target, before, scheme), before)
+    return _put_in_place(loaded, target, None if scheme is None else rounded(target, before, scheme), before)
+
+
+def _put_in_place(
+    loaded: LoadedModel, target: Target, packed: PackedTensor | None, before: Tensor
+) -> dict[str, Any]:
+    """``put``, the new values in the memory of the old, which may be the file's: so weights are never held twice."""
+    line = put(loaded, target, packed, before)
+    parameter = loaded.model.get_parameter(target.name)
+    parameter.data = before.copy_(parameter.data)
+    return line
