@@ -18,7 +18,8 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from core.compress._targets import tied_names
+from core.compress._description import described_schemes
+from core.compress._targets import targets, tied_names
 from core.errors import CannotCompress
 from core.lazy import torch
 from core.models.checkpoint import stored_tensors, weight_files
@@ -67,8 +68,14 @@ def _split(loaded: LoadedModel) -> tuple[dict[str, Tensor], dict[str, PackedTens
     packed = {f"{m}.weight" if f"{m}.weight" in names else m: p for m, p in loaded.packed.items()}
     left_out = {*packed, *tied_names(loaded.model)}
     half = stored_half(loaded)
+    # Beside packed weights experts pass through code that leaves them in the dtype they are stored in.
+    wide = (
+        {t.name for t in targets(loaded) if t.component == "experts"}
+        if any(described_schemes(loaded))
+        else ()
+    )
     state = {
-        name: _narrowed(tensor.detach(), half)
+        name: _narrowed(tensor.detach(), None if name in wide else half)
         for name, tensor in loaded.model.state_dict().items()
         if name not in left_out
     }
