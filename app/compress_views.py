@@ -149,7 +149,8 @@ def _time(work: Work) -> str:
     if work.seconds is None:
         return "time not predicted"
     rest = f", {' and '.join(work.untold)} not counted" if work.untold else ""
-    return f"≈ {fmt.seconds(work.seconds)} to compress{rest}"
+    told = "under a second" if work.seconds < 1 else f"≈ {fmt.seconds(work.seconds)}"
+    return f"{told} to compress{rest}"
 
 
 def _memory(work: Work) -> str:

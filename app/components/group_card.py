@@ -59,7 +59,7 @@ def _table(jobs: Sequence[Job]) -> None:
         key="group_jobs",
         alt="The variants of this group and the state of their jobs",
         column_config={
-            "subject": st.column_config.TextColumn("Variant", pinned=True),
+            "subject": st.column_config.TextColumn("Variant", pinned=True, width="medium"),
             **{kind: fmt.label(kind) for kind in KINDS},
             "error": "What went wrong",
         },

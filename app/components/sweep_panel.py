@@ -42,11 +42,11 @@ def sweep_panel(
     st.dataframe(
         _shown(plan, card),
         hide_index=True,
-        height=min(38 + 35 * len(plan), 318),
+        height="content" if len(plan) <= 8 else 318,
         key="sweep_plan",
         alt="The variants of the sweep, their predicted size, and which are made already",
         column_config={
-            "name": st.column_config.TextColumn("Variant", pinned=True),
+            "name": st.column_config.TextColumn("Variant", pinned=True, width="medium"),
             "size": "Predicted size",
             "share": st.column_config.ProgressColumn(
                 "Of float32", format="percent", min_value=0.0, max_value=1.0
