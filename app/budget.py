@@ -1,0 +1,148 @@
+"""What the budget panel shows, as plain functions: the stored sensitivities, plans, the grid with its cut, two charts.
+
+Nothing here runs a model: a budget is spent by integer programming on a stored table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+import numpy as np
+import pandas as pd
+import streamlit as st
+from numpy.typing import NDArray
+
+from app import engine
+from app import format as fmt
+from app.charts import PADDING, SELECTED
+from core.compress._allocation import Allocation, OverBudget, frontier
+from core.compress._assignment import LOSS_OF, menu_of, written
+from core.compress._formats import KEEP
+from core.planner import Plan, Sensitivity, plans
+from core.planning import newest_sensitivity
+from core.types import Run
+
+NEUTRAL = "#8A93A6"
+CUT, PINNED = "●", "◆"
+"""What marks the chosen and the pinned cells of the grid."""
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def newest(variant_id: str, revision: int) -> Run | None:
+    """The latest stored sensitivities of a base or variant, as of a revision of the catalog."""
+    return newest_sensitivity(engine.catalog(), variant_id)
+
+
+@st.cache_data(max_entries=256, show_spinner=False)
+def planned(
+    run_id: str, budget: int, tolerance: str | None, pins: tuple[tuple[str, str], ...]
+) -> tuple[Plan, ...]:
+    """Up to three plans. Raises ``BadInput`` as ``core.planner.plans`` does."""
+    return plans(sensitivity(run_id), budget, tolerance=tolerance, pins=dict(pins))
+
+
+def sensitivity(run_id: str) -> Sensitivity:
+    """The table of a stored run."""
+    return Sensitivity.of(engine.result_of(run_id))
+
+
+@dataclass(frozen=True)
+class Range:
+    """The bytes between which a budget makes sense."""
+
+    smallest: int
+    whole: int
+    """With nothing changed."""
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def budget_range(run_id: str, pins: tuple[tuple[str, str], ...]) -> Range:
+    """Between the smallest file and the model as it is. Raises ``BadInput`` for pins that cannot be."""
+    table = sensitivity(run_id)
+    kept = table.cells.loc[table.cells["format"] == KEEP, "bytes"]
+    try:
+        table.allocate(0, dict(pins))
+    except OverBudget as error:
+        return Range(error.minimum, int(kept.sum()) + table.fixed_bytes)
+    raise AssertionError("no model has 0 bytes")
+
+
+@dataclass(frozen=True, eq=False)
+class CutGrid:
+    """Groups by formats: losses as colours, the chosen and pinned cells as marks."""
+
+    values_RC: NDArray[np.floating]
+    words: list[list[str]]
+    hover: list[list[str]]
+    rows: list[str]
+    cols: list[str]
+
+
+def cut_grid(table: Sensitivity, chosen: Mapping[str, str], pins: Mapping[str, str]) -> CutGrid:
+    """One row per group and one column per format, in the table's order; what cannot be is empty."""
+    menu = menu_of(table.cells, fixed_bytes=table.fixed_bytes, score=table.score)
+    loss_GC = menu.loss_GC.copy()
+    positive = loss_GC[loss_GC > 0]
+    loss_GC[loss_GC == 0] = positive.min() / 2 if positive.size else 1.0  # a logarithm has no 0
+    marks = [
+        [PINNED if pins.get(g) == c else CUT if chosen.get(g) == c else "" for c in menu.choices]
+        for g in menu.groups
+    ]
+    hover = [
+        [
+            "not possible"
+            if np.isnan(loss)
+            else f"{g} as {c}: {loss:.3g} {table.unit}, {fmt.size(int(nbytes))}"
+            for c, loss, nbytes in zip(menu.choices, menu.loss_GC[row], menu.bytes_GC[row], strict=True)
+        ]
+        for row, g in enumerate(menu.groups)
+    ]
+    return CutGrid(loss_GC, marks, hover, list(menu.groups), list(menu.choices))
+
+
+def toggled(pins: Mapping[str, str], group: str, choice: str) -> str:
+    """The pins as text after a click on a cell: set, moved, or taken away."""
+    kept = {name: made for name, made in pins.items() if name != group}
+    return written(kept if pins.get(group) == choice else {**kept, group: choice})
+
+
+def curve(table: Sensitivity, pins: Mapping[str, str], here: Allocation) -> Any:
+    """Loss over size: the hull of all assignments, and where the budget is."""
+    menu = menu_of(table.cells, fixed_bytes=table.fixed_bytes, score=table.score)
+    hull = frontier(menu, pins=pins)
+    line = pd.DataFrame({"mb": hull.bytes_N / 1e6, "loss": hull.loss_N})
+    point = pd.DataFrame({"mb": [here.bytes / 1e6], "loss": [here.loss]})
+    x = alt.X("mb:Q", title="Size, MB", scale=alt.Scale(zero=False))
+    y = alt.Y("loss:Q", title=f"Expected loss, {table.unit}")
+    return alt.layer(
+        alt.Chart(line).mark_line(color=NEUTRAL, strokeWidth=1.6).encode(x=x, y=y),
+        alt.Chart(point).mark_point(size=140, filled=True, color=SELECTED).encode(x=x, y=y),
+    ).properties(height=220, padding=PADDING)
+
+
+def predicted_chart(points: pd.DataFrame) -> Any:
+    """Predicted against measured loss as the parts were stored one after the other; the line is where both are equal."""
+    top = float(np.nanmax(points[["predicted", "loss"]].to_numpy()))
+    equal = pd.DataFrame({"predicted": [0.0, top], "loss": [0.0, top]})
+    x = alt.X("predicted:Q", title="Predicted loss")
+    y = alt.Y("loss:Q", title="Measured loss")
+    layers = [alt.Chart(equal).mark_line(color=NEUTRAL, strokeDash=[4, 4]).encode(x=x, y=y)]
+    if points["loss_low"].notna().all():
+        layers.append(
+            alt.Chart(points).mark_rule(color=NEUTRAL).encode(x=x, y="loss_low:Q", y2="loss_high:Q")
+        )
+    layers.append(
+        alt.Chart(points)
+        .mark_point(size=60, filled=True, color=SELECTED)
+        .encode(x=x, y=y, tooltip=["parts", "predicted", "loss", "loss_low", "loss_high"])
+    )
+    return alt.layer(*layers).properties(height=200, padding=PADDING)
+
+
+def cell_loss(table: Sensitivity) -> str:
+    """What colours mean."""
+    how = "measured" if LOSS_OF[table.score] == "loss" else "estimated (Fisher)"
+    return f"{table.unit}, {how}"
