@@ -34,9 +34,42 @@ def output_of(model: Any, inputs: dict[str, Any]) -> Any:
     """What is compared: logits, or for a model without a head its last hidden states."""
     import torch
 
-    with torch.inference_mode():
+    with torch.no_grad():  # quanto's layers refuse inference mode
         output = model(**inputs)
     return output["logits"] if "logits" in output else output["last_hidden_state"]
+
+
+def flat(model: Any) -> dict[str, Any]:
+    """Every tensor of a model's state by name; one that a library packed as the plain tensors it is made of."""
+    import torch
+
+    def parts(name: str, tensor: Any) -> dict[str, Any]:
+        inner = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+        if not inner:
+            return {name: tensor}
+        return {n: t for part in inner for n, t in parts(f"{name}.{part}", getattr(tensor, part)).items()}
+
+    found = {}
+    with torch.inference_mode(False), torch.no_grad():  # torchao's tensors refuse inference mode
+        for name, tensor in model.state_dict().items():
+            if hasattr(tensor, "detach"):
+                found.update(parts(name, tensor))
+    return found
+
+
+def loaded_by(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model and the loading report, by plain transformers, or by quanto's class for such models."""
+    import transformers
+
+    auto = getattr(transformers, request["loader"])
+    if request["library"] == "quanto":
+        from optimum.quanto.models.transformers_models import QuantizedTransformersModel
+
+        own = type("QuantizedModel", (QuantizedTransformersModel,), {"auto_class": auto})
+        nothing: dict[str, Any] = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
+        return own.from_pretrained(request["folder"])._wrapped, nothing
+    model, report = auto.from_pretrained(request["folder"], output_loading_info=True, **request["options"])
+    return model, report
 
 
 def end_with_parent() -> None:
@@ -56,10 +89,11 @@ def main(request_path: str) -> None:
     torch.set_num_threads(request["threads"])
     torch.backends.mkldnn.matmul.fp32_precision = request["matmul_precision"]  # type: ignore[attr-defined]
     started = time.monotonic()
-    loader = getattr(transformers, request["loader"])
-    model, report = loader.from_pretrained(request["folder"], output_loading_info=True, **request["options"])
+    model, report = loaded_by(request)
     seconds = time.monotonic() - started
     model.eval()
+    # Before the forward pass: bitsandbytes repacks its weights at the first one.
+    packed = {name: digest(t) for name, t in flat(model).items()} if request["library"] else None
     output = output_of(model, load_file(request["inputs"]))
     save_file({"output": output.contiguous()}, request["output"])
     ties = {
@@ -72,7 +106,8 @@ def main(request_path: str) -> None:
         "mismatched": sorted(str(key) for key in report["mismatched_keys"]),
         "ties": ties,
         # After the forward pass: some files are unpacked by it.
-        "digests": {
+        "digests": packed
+        or {
             name: digest(parameter)
             for name, parameter in model.named_parameters()
             if name.rpartition(".")[2] not in LEFT_BESIDE

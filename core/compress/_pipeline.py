@@ -13,7 +13,7 @@ from core.compress._description import settle
 from core.compress._proof import Proof, expect, prove
 from core.compress._report import headline
 from core.compress._store import SavedFiles, add_to_provenance, save_variant
-from core.errors import ProofFailed
+from core.errors import CannotCompress, ProofFailed
 from core.lazy import torch, transformers
 from core.models.loaded import LoadedModel
 from core.models.open import open_model
@@ -101,6 +101,10 @@ def _step(
 ) -> Result:
     chosen = get("compress", step.method)
     chosen.refuse_if(loaded.missing_needs(chosen.needs), str(loaded.ref))
+    if loaded.library is not None:
+        raise CannotCompress(
+            f"{loaded.library.library} has quantized this model, which no other step can change; make it the last step"
+        )
     models = (loaded, reference) if chosen.takes_reference else (loaded,)
     kept = (scratch,) if chosen.takes_scratch else ()
     result: Result = chosen.run(*models, calibration, progress, *kept, step.parsed())

@@ -96,13 +96,17 @@ class Expected:
     """What the model in memory gives: taken before saving, so that saving cannot change it unseen."""
 
     inputs: Mapping[str, Tensor]
-    output: Tensor
+    output: Tensor | None
+    """None for a library's model, which is run only after it was saved."""
     digests: Mapping[str, str]
 
 
 def expect(loaded: LoadedModel) -> Expected:
     """Run the probe and hash every parameter of the model in memory."""
     inputs = _probe_inputs(loaded)
+    if loaded.library is not None:
+        state = _fresh_load.flat(loaded.library.model)
+        return Expected(inputs, None, {name: _fresh_load.digest(tensor) for name, tensor in state.items()})
     output = _fresh_load.output_of(loaded.model, inputs).clone()
     digests = {name: _fresh_load.digest(p) for name, p in loaded.model.named_parameters()}
     return Expected(inputs, output, digests)
@@ -118,7 +122,7 @@ def prove(saved: SavedFiles, *, loaded: LoadedModel, expected: Expected, progres
     # Beside the files: what a killed process leaves is found and removed with them.
     with tempfile.TemporaryDirectory(prefix=".proof-", dir=saved.folder.parent) as scratch:
         answer, output, failure = _ask(saved, loaded, expected, loader, Path(scratch), progress)
-    difference = None if output is None else _difference(output, expected.output)
+    difference = None if output is None else _difference(output, _output(loaded, expected))
     differing = None if answer is None else _differing(answer["digests"], expected.digests)
     ties = None if answer is None or not answer["ties"] else all(answer["ties"].values())
     if answer is not None:
@@ -135,7 +139,7 @@ def prove(saved: SavedFiles, *, loaded: LoadedModel, expected: Expected, progres
         share_parameters=saved.shares.parameters,
         share_bytes=saved.shares.bytes,
         share_expert_parameters=saved.shares.expert_parameters,
-        loader=f"{loader}.from_pretrained(folder)",
+        loader=_call(loaded, loader),
         dtype=loaded.dtype if answer is None else answer["dtype"],
         format=saved.format,
         load_seconds=None if answer is None else answer["load_seconds"],
@@ -155,6 +159,7 @@ def _ask(
         **paths,
         "folder": str(saved.folder.resolve()),
         "loader": loader,
+        "library": None if loaded.library is None else loaded.library.library,
         "options": _options(loaded),
         "ties": tied_names(loaded.model),
         "threads": torch.get_num_threads(),
@@ -231,6 +236,24 @@ def _difference(output: Tensor, expected: Tensor) -> float:
 
 def _differing(found: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
     return sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+
+
+def _output(loaded: LoadedModel, expected: Expected) -> Tensor:
+    """What the model in memory gives: a library's by its own kernels, as in the fresh process."""
+    if expected.output is not None:
+        return expected.output
+    assert loaded.library is not None
+    with torch.inference_mode(False):
+        output: Tensor = _fresh_load.output_of(loaded.library.model, expected.inputs)
+    return output
+
+
+def _call(loaded: LoadedModel, loader: str) -> str:
+    """The call that is proved, with the library it needs."""
+    form = loaded.library
+    if form is None:
+        return f"{loader}.from_pretrained(folder)"
+    return f"{form.loader}.from_pretrained(folder) with {form.library} {form.version}"
 
 
 def auto_class(loaded: LoadedModel) -> str:

@@ -14,19 +14,22 @@ from typing import Any
 import pandas as pd
 
 from core.compress._description import quantization_config
+from core.compress._fresh_load import flat
 from core.compress._layout import file_entries, file_tensors
 from core.compress._report import Shares
-from core.compress._targets import targets
+from core.compress._targets import targets, tied_names
 from core.errors import CannotCompress
 from core.models.checkpoint import fingerprint
+from core.models.library import QUANTO_MAP, LibraryForm
 from core.models.loaded import LoadedModel
 from core.numerics.sizes import file_bytes
+from core.numerics.sizes import DTYPE_NAMES, Entry
 from core.whole_folder import whole_folder
 
 WEIGHTS = "model.safetensors"
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Endings of tokenizer, processor and pooling files; weights in any format are never copied."""
-OURS = ("config.json", "recipe.json", "slimscope.json")
+OURS = ("config.json", "recipe.json", "slimscope.json", QUANTO_MAP)
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,28 @@ class SavedFiles:
 
 def predicted_bytes(loaded: LoadedModel) -> int:
     """Bytes of the weight file that ``save_variant`` would write, header included."""
+    if loaded.library is not None:
+        return file_bytes(_library_entries(loaded.library))
     return file_bytes(file_entries(loaded))
 
 
 def format_name(loaded: LoadedModel) -> str:
     """What the weights are stored as: packed schemes, integer grids first, or else the dtype."""
+    if loaded.library is not None:
+        return loaded.library.label
     schemes = {scheme for packed in loaded.packed.values() for scheme in packed.schemes}
     labels = sorted({s.label for s in schemes}, key=lambda label: (not label.startswith("int"), label))
     return " + ".join(labels) or loaded.dtype
+
+
+def _library_entries(form: LibraryForm) -> dict[str, Entry]:
+    """What a library's file will hold, from the tensors in memory; tied ones once."""
+    tied = tied_names(form.model)
+    return {
+        name: Entry(DTYPE_NAMES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+        for name, tensor in flat(form.model).items()
+        if name not in tied
+    }
 
 
 def save_variant(
@@ -80,8 +97,12 @@ def save_variant(
         import safetensors.torch
 
         copy_companions(loaded.folder, incoming)
-        _write_config(loaded, incoming)
-        safetensors.torch.save_file(file_tensors(loaded), incoming / WEIGHTS, metadata={"format": "pt"})
+        if loaded.library is not None:
+            loaded.library.save(incoming)
+            (incoming / "config.json").chmod(0o644)
+        else:
+            _write_config(loaded, incoming)
+            safetensors.torch.save_file(file_tensors(loaded), incoming / WEIGHTS, metadata={"format": "pt"})
         # safetensors makes its file readable by its owner only.
         shutil.copymode(incoming / "config.json", incoming / WEIGHTS)
         write_json(incoming / "recipe.json", provenance["recipe"])

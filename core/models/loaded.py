@@ -21,6 +21,7 @@ from core.registry import Need
 from core.types import Family, ModelRef
 
 if TYPE_CHECKING:
+    from core.models.library import LibraryForm
     from torch import Tensor
 
     from core.numerics.packed import PackedExperts, PackedTensor
@@ -55,6 +56,9 @@ class LoadedModel:
     """Module path → packed weight; empty unless a compress step put it there."""
     activations: dict[str, ActivationScheme] = field(default_factory=dict)
     """Linear layer → what its inputs are rounded to before they are multiplied; see ``round_inputs``."""
+    library: LibraryForm | None = None
+    """The model as a quantizing step of another library left it, which is what is saved then; the weights here are the
+    dense ones that it stands for."""
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     @property

@@ -21,8 +21,9 @@ from core.models.anatomy_verify import verify_anatomy
 from core.models.checkpoint import fingerprint, read_config, stored_tensors, weight_files
 from core.models.demo import demo, demo_files
 from core.models.gguf import converted_gguf
+from core.models.library import QUANTO_MAP, load_quanto
 from core.models.loaded import LoadedModel, Pooling
-from core.models.quantized import LIBRARIES, densify, is_lazy, unpack
+from core.models.quantized import LIBRARIES, MODULES, densify, is_lazy, unpack
 from core.models.quiet import quiet
 from core.numerics.activations import ActivationScheme
 from core.types import ModelRef, Progress, silent
@@ -40,6 +41,8 @@ HUB_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 """Configs, tokenizers and safetensors, never pickled weights."""
 HUB_UNWANTED = ("consolidated*", "original/*", "onnx/*", "openvino/*", "*/model*.safetensors")
 """Second copies of the same weights that some repositories carry."""
+REPORTED = ("missing_keys", "mismatched_keys", "unexpected_keys")
+"""What transformers reports of a load; quanto's own loader, which reports nothing, ends with an error instead."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
 
@@ -119,6 +122,7 @@ def _load(
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": ref.trust_remote_code}
     quantization = config.get("quantization_config")
     by = None if quantization is None else str(quantization.get("quant_method"))
+    by = "quanto" if (folder / QUANTO_MAP).is_file() else by
     _refuse_unreadable(folder, by)
     if auto == "AutoModel" and config.get("model_type") == "bert":
         # The pooler is drawn at random when a checkpoint has none, and nothing here reads it.
@@ -131,18 +135,22 @@ def _load(
         if quantization is not None and by == "compressed-tensors":
             options["config"] = transformers.AutoConfig.from_pretrained(folder, **options)
             options["config"].quantization_config = {**quantization, "dequantize": not lazy}
-        model, report = getattr(transformers, auto).from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that the report names them; they are refused below
-            **options,
-        )
+        if by == "quanto":
+            model, report = load_quanto(folder, auto), dict.fromkeys(REPORTED, ())
+        else:
+            model, report = getattr(transformers, auto).from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that the report names them; they are refused below
+                **options,
+            )
         activations: dict[str, ActivationScheme] = {}
         note = ""
         if by in LIBRARIES:
             model, note = densify(model, by)
+            model = model if dtype == "auto" else model.to(dtype)
         elif lazy:
             activations, note = unpack(model)
         model = model.to(ref.device)
@@ -168,13 +176,14 @@ def _refuse_unreadable(folder: Path, by: str | None) -> None:
         return
     if by not in LIBRARIES:
         raise CannotOpen(
-            f"{folder} is quantized with {by!r}; only compressed-tensors, {' and '.join(LIBRARIES)} can be read back as "
+            f"{folder} is quantized with {by!r}; only compressed-tensors, {', '.join(LIBRARIES)} can be read back as "
             "dense weights here"
         )
-    spec = find_spec(by)
+    package = MODULES.get(by, by)
+    spec = find_spec(package) if find_spec(package.partition(".")[0]) else None
     if spec is None or spec.origin is None:  # a folder without code is a namespace to Python, and no library
         raise CannotOpen(
-            f"{folder} is quantized with {by}, which is not installed; run `pip install --no-deps {by}` and open it again"
+            f"{folder} is quantized with {by}, which is not installed; run `pip install --no-deps {LIBRARIES[by]}` and open it again"
         )
 
 

@@ -21,8 +21,11 @@ from core.errors import CannotOpen
 from core.lazy import torch
 from core.numerics.activations import ActivationScheme
 
-LIBRARIES = ("bitsandbytes", "torchao")
-"""Quantization methods, as a config names them, and the packages that read them."""
+LIBRARIES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "quanto": "optimum-quanto ninja"}
+"""Quantization methods, as a config names them (quanto: as a file beside it does), and what pip calls the packages that
+read them."""
+MODULES = {"quanto": "optimum.quanto"}
+"""How a package is imported, where not by its method's name."""
 TOLERANCE = 0.1
 """Largest difference to the library's own kernel, as a share of the output's root mean square. LLM.int8 rounds
 activations too and is off by about 0.02, a wrong layout by more than 1."""
@@ -31,12 +34,26 @@ activations too and is off by about 0.02, a wrong layout by more than 1."""
 def is_lazy(quantization: Mapping[str, Any]) -> bool:
     """Whether a compressed-tensors config must be read layer by layer, at the first forward.
 
-    So it must be where it says so, and where dense weights have several schemes: read while loading, all would be taken
-    for the first.
+    So it must be where it says so, where dense weights have several schemes (read while loading, all would be taken for
+    the first), and where inputs are rounded in a way that can be gone on with.
     """
-    groups = (quantization.get("config_groups") or {}).values()
-    dense = [group for group in groups if not any("experts" in target for target in group["targets"])]
-    return quantization.get("dequantize") is False or len(dense) > 1
+    dense = [group for group in _groups(quantization) if not any("experts" in t for t in group["targets"])]
+    rounds = any(_is_known(group.get("input_activations") or {}) for group in dense)
+    return quantization.get("dequantize") is False or len(dense) > 1 or rounds
+
+
+def left_out(quantization: Mapping[str, Any]) -> str:
+    """A note on what reading such a config while loading does not keep; empty where it keeps everything."""
+    if not any(group.get("input_activations") for group in _groups(quantization)):
+        return ""
+    return (
+        "Its config rounds what linear layers read, in a way that is not reproduced here: weights are as stored, inputs "
+        "exact."
+    )
+
+
+def _groups(quantization: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return list((quantization.get("config_groups") or {}).values())
 
 
 def unpack(model: Any) -> tuple[dict[str, ActivationScheme], str]:
@@ -53,12 +70,13 @@ def unpack(model: Any) -> tuple[dict[str, ActivationScheme], str]:
         if scheme is None:
             continue
         if scheme.input_activations is not None:
-            found = _activation(module, scheme.input_activations)
+            found = _activation(module, scheme.input_activations.model_dump(mode="json"))
             if found is None:
                 unknown.append(name)
             else:
                 activations[name] = found
         decompress_module(module, leave_decompressed=False)
+        module.weight.data = module.weight.data.to(model.dtype)  # packed floats come back in bfloat16
         vars(module).pop("forward", None)
         for part in ("weight_shape", "input_scale", "input_zero_point"):
             if hasattr(module, part):
@@ -76,14 +94,17 @@ def unpack(model: Any) -> tuple[dict[str, ActivationScheme], str]:
     return activations, note
 
 
-def _activation(module: Any, args: Any) -> ActivationScheme | None:
+def _activation(module: Any, args: Mapping[str, Any]) -> ActivationScheme | None:
     """The scheme of a linear layer's inputs; None where it is none of ours."""
-    known = args.type == "int" and args.symmetric and args.num_bits == 8
-    if known and args.dynamic is True and args.strategy == "token":
-        return ActivationScheme()
-    if known and args.dynamic is False and args.strategy == "tensor":
-        return ActivationScheme(scale=float(module.input_scale.detach()))
-    return None
+    if not _is_known(args):
+        return None
+    return ActivationScheme(None if args["dynamic"] else float(module.input_scale.detach()))
+
+
+def _is_known(args: Mapping[str, Any]) -> bool:
+    """Whether inputs are rounded as ``ActivationScheme`` does: 8-bit integers, by token or by one stored scale."""
+    integer = (args.get("type"), args.get("symmetric"), args.get("num_bits")) == ("int", True, 8)
+    return integer and (args.get("dynamic"), args.get("strategy")) in ((True, "token"), (False, "tensor"))
 
 
 def densify(model: Any, method: str) -> tuple[Any, str]:
@@ -96,9 +117,12 @@ def densify(model: Any, method: str) -> tuple[Any, str]:
         raise CannotOpen(
             f"the config says {method}, but no layer is quantized by it; open the original instead"
         )
-    name, before = quantized[0], copy.deepcopy(quantized[1])
+    # quanto's modules cannot be copied, and are replaced rather than changed.
+    name, before = quantized[0], quantized[1] if method == "quanto" else copy.deepcopy(quantized[1])
     if method == "bitsandbytes":
         model = model.dequantize()
+    elif method == "quanto":
+        _dequantize_modules(model)
     else:
         _dequantize_parameters(model)
     after = model.get_submodule(name)
@@ -117,7 +141,7 @@ def densify(model: Any, method: str) -> tuple[Any, str]:
 def _first_quantized(model: Any) -> tuple[str, Any] | None:
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if "bitsandbytes" in type(module).__module__ or _is_packed(weight):
+        if type(module).__module__.startswith(("bitsandbytes", "optimum.quanto")) or _is_packed(weight):
             return name, module
     return None
 
@@ -126,6 +150,23 @@ def _is_packed(parameter: Any) -> bool:
     return type(parameter).__module__.startswith("torchao") or type(
         getattr(parameter, "data", None)
     ).__module__.startswith("torchao")
+
+
+def _dequantize_modules(model: Any) -> None:
+    """optimum-quanto's layers as torch's own."""
+    from optimum.quanto import QConv2d, QLinear
+
+    plain = {QLinear: torch.nn.Linear, QConv2d: torch.nn.Conv2d}
+    for name, module in list(model.named_modules()):
+        kind = plain.get(type(module))
+        if kind is not None:
+            made = kind.__new__(kind)
+            made.__dict__.update({k: v for k, v in vars(module).items() if not k.startswith("_")})
+            torch.nn.Module.__init__(made)
+            made.weight = torch.nn.Parameter(module.weight.dequantize().detach(), requires_grad=False)
+            made.register_parameter("bias", module.bias)
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, made)
 
 
 def _dequantize_parameters(model: Any) -> None:
@@ -142,6 +183,6 @@ def _difference(packed: Any, dense: Any) -> float:
     generator = torch.Generator().manual_seed(0)
     weight = dense.weight
     noise = torch.randn(16, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
-    with torch.inference_mode():
+    with torch.inference_mode(False), torch.no_grad():  # quanto's layers refuse inference mode
         expected, given = dense(noise).float(), packed(noise).float()
     return float((given - expected).square().mean().sqrt() / expected.square().mean().sqrt())

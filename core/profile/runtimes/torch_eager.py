@@ -22,6 +22,7 @@ from core.errors import CannotMeasure, CannotOpen
 from core.lazy import torch, transformers
 from core.models.fp32_path import Fp32Path, Fp32Setting, choose_path, fast_fp32
 from core.models.kv_cache import KvCache, new_cache
+from core.models.library import library_of, load_quanto
 from core.profile.measured import Facts
 from core.profile.runtimes._base import Clock, Prepared, ProfileSettings, WallClock
 from core.profile.session import profile_artifact
@@ -105,6 +106,7 @@ class TorchEager:
         self._model: Any = None
         self._cache: Any = None
         self._token: Any = None  # [batch, 1]
+        self._library: str | None = None  # whose kernels run, where not torch's
 
     def prepare(self, folder: Path) -> Prepared:
         """Import torch and the model's code, set threads, read the configuration."""
@@ -113,6 +115,12 @@ class TorchEager:
         torch.set_num_threads(self._settings.n_threads)
         self._folder = folder
         self._config = config = transformers.AutoConfig.from_pretrained(folder)
+        self._library = library_of(folder, getattr(config, "quantization_config", None))
+        if self._library and (self._settings.device, self._settings.dtype) != ("cpu", "stored"):
+            raise CannotMeasure(
+                f"{self._library} runs its kernels as it stored its weights, and here on the CPU; set device=cpu and "
+                "dtype=stored"
+            )
         text = config.get_text_config()
         architecture = (config.architectures or [""])[0]
         if not hasattr(transformers, architecture):  # asking imports the model's code, which is not load time
@@ -148,18 +156,25 @@ class TorchEager:
         auto = getattr(transformers, f"AutoModel{kind}")
         dtype = "auto" if self._settings.dtype == "stored" else self._settings.dtype
         try:
-            model: Any = auto.from_pretrained(self._folder, dtype=dtype)
+            model: Any = (
+                load_quanto(self._folder, f"AutoModel{kind}")
+                if self._library == "quanto"
+                else auto.from_pretrained(self._folder, dtype=dtype)
+            )
         except (OSError, ValueError, SafetensorError) as error:
             raise CannotOpen(
                 f"transformers cannot load this artifact: {str(error).splitlines()[0]}"
             ) from error
-        self._model = model.eval().to(self._settings.device)
+        # bitsandbytes places its own weights.
+        self._model = (
+            model.eval() if self._library == "bitsandbytes" else model.eval().to(self._settings.device)
+        )
 
     def prefill(self, inputs: np.ndarray) -> None:
         """One forward over token ids [batch, prompt_tokens] or pixels [batch, channels, height, width]."""
         self._cache = None
         tensor = torch.from_numpy(inputs).to(self._settings.device)
-        with torch.inference_mode():
+        with self._forward():
             if inputs.ndim == 4:
                 self._model(pixel_values=tensor.to(self._model.dtype))
             elif not self._generates:
@@ -170,7 +185,7 @@ class TorchEager:
 
     def decode(self) -> None:
         """One forward of the last token with the cache."""
-        with torch.inference_mode():
+        with self._forward():
             self._advance(self._token)
 
     def close(self) -> None:
@@ -184,7 +199,9 @@ class TorchEager:
         tensors = [*self._model.parameters(), *self._model.buffers()]
         dtype = str(self._model.dtype).removeprefix("torch.")
         notes = []
-        if getattr(self._config, "quantization_config", None) is not None:
+        if self._library:
+            notes.append(f"{self._library}'s own kernels were run on its packed weights, in {dtype}")
+        elif getattr(self._config, "quantization_config", None) is not None:
             notes.append(
                 f"the stored weights are compressed; this loader unpacks them to {dtype}, so speed and memory are "
                 "those of the dense model, and only file size and load time tell of the compression"
@@ -205,6 +222,10 @@ class TorchEager:
             },
             notes=tuple(notes),
         )
+
+    def _forward(self) -> Any:
+        """Without gradients; quanto's layers refuse inference mode."""
+        return torch.no_grad() if self._library == "quanto" else torch.inference_mode()
 
     def _advance(self, ids_BP: Any) -> None:
         """Forward with the cache, logits of the last position only, and the greedy pick; end of text is ignored."""
