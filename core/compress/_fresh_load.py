@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-
 LEFT_BESIDE = ("weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "input_scale")
 """What stays beside a weight that was unpacked at the first forward, as parameters the model in memory never had."""
 

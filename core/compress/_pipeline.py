@@ -12,6 +12,7 @@ import pandas as pd
 from core.compress._description import settle
 from core.compress._proof import Proof, expect, prove
 from core.compress._report import headline
+from core.compress._room import amount_told, refuse_without_room
 from core.compress._store import SavedFiles, add_to_provenance, save_variant
 from core.errors import CannotCompress, ProofFailed
 from core.lazy import torch, transformers
@@ -49,13 +50,15 @@ def compress(
 
     ``reference`` is the model that a step may bring this one back towards; without it, what ``loaded`` was opened from.
     Steps keep finished work in ``scratch``, and the next call with the same recipe goes on from there; removing it is the
-    caller's matter. Raises ``BadInput`` or ``CannotCompress`` where a step does not apply, ``ProofFailed`` (after removing ``folder``)
-    where the files do not reload to the model that was saved.
+    caller's matter. Raises ``BadInput`` or ``CannotCompress`` where a step does not apply or the disk has no room,
+    ``OutOfMemory`` with the amount needed, ``ProofFailed`` (after removing ``folder``) where the files do not reload to
+    the model that was saved.
     """
     share = 0.5 / len(recipe.steps)
     if reference is None and takes_reference(recipe):
         reference = open_model(replace(loaded.ref, source=str(loaded.folder), revision=None))
-    with loaded.lock, torch.inference_mode():
+    needed = refuse_without_room(loaded, recipe, folder)
+    with loaded.lock, torch.inference_mode(), amount_told(loaded, recipe, needed):
         results = [
             _step(
                 loaded, step, calibration, reference, part_of(progress, index * share, (index + 1) * share),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from core.errors import CannotCompress
 from core.models.checkpoint import fingerprint
 from core.models.library import QUANTO_MAP, LibraryForm
 from core.models.loaded import LoadedModel
-from core.numerics.sizes import file_bytes
-from core.numerics.sizes import DTYPE_NAMES, Entry
+from core.numerics.sizes import DTYPE_NAMES, Entry, file_bytes
 from core.whole_folder import whole_folder
 
 WEIGHTS = "model.safetensors"
+_NAMES = {stored: name for name, stored in DTYPE_NAMES.items()}
+FEW = 4
+"""Formats that are named in full; of more, only their kinds."""
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Endings of tokenizer, processor and pooling files; weights in any format are never copied."""
 OURS = ("config.json", "recipe.json", "slimscope.json", QUANTO_MAP)
@@ -60,12 +63,20 @@ def predicted_bytes(loaded: LoadedModel) -> int:
 
 
 def format_name(loaded: LoadedModel) -> str:
-    """What the weights are stored as: packed schemes, integer grids first, or else the dtype."""
+    """What the weights are stored as: packed schemes, integer grids first, and rounded inputs; or else the dtype of most
+    of the file."""
     if loaded.library is not None:
         return loaded.library.label
     schemes = {scheme for packed in loaded.packed.values() for scheme in packed.schemes}
     labels = sorted({s.label for s in schemes}, key=lambda label: (not label.startswith("int"), label))
-    return " + ".join(labels) or loaded.dtype
+    if not labels:
+        plain: Counter[str] = Counter()
+        for entry in file_entries(loaded).values():
+            plain[entry.dtype] += entry.nbytes
+        return _NAMES[plain.most_common(1)[0][0]]
+    if len(labels) > FEW:
+        labels = [f"mixed {', '.join(dict.fromkeys(label.partition(' ')[0] for label in labels))}"]
+    return " + ".join([*labels, *sorted({scheme.label for scheme in loaded.activations.values()})])
 
 
 def _library_entries(form: LibraryForm) -> dict[str, Entry]:

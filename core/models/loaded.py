@@ -21,9 +21,9 @@ from core.registry import Need
 from core.types import Family, ModelRef
 
 if TYPE_CHECKING:
-    from core.models.library import LibraryForm
     from torch import Tensor
 
+    from core.models.library import LibraryForm
     from core.numerics.packed import PackedExperts, PackedTensor
 
 Pooling = Literal["mean", "cls"]

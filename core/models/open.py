@@ -23,7 +23,7 @@ from core.models.demo import demo, demo_files
 from core.models.gguf import converted_gguf
 from core.models.library import QUANTO_MAP, load_quanto
 from core.models.loaded import LoadedModel, Pooling
-from core.models.quantized import LIBRARIES, MODULES, densify, is_lazy, unpack
+from core.models.quantized import LIBRARIES, MODULES, densify, is_lazy, left_out, unpack
 from core.models.quiet import quiet
 from core.numerics.activations import ActivationScheme
 from core.types import ModelRef, Progress, silent
@@ -153,6 +153,8 @@ def _load(
             model = model if dtype == "auto" else model.to(dtype)
         elif lazy:
             activations, note = unpack(model)
+        elif quantization is not None:
+            note = left_out(quantization)
         model = model.to(ref.device)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError) as error:
         if ran_out_of_memory(error):

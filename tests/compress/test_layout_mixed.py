@@ -196,6 +196,31 @@ def test_rounded_inputs_are_what_plain_transformers_computes(scale: float | None
         again.refuse_if_packed()
 
 
+def test_files_of_others_are_opened_as_what_they_say(tmp_path: Path) -> None:
+    loaded = own_model("llama", tmp_path)
+    schemes: dict[str, Scheme] = {
+        t.name: IntegerScheme(8, None, symmetric=True) for t in targets(loaded) if t.layout == "linear"
+    }
+    for name in schemes:
+        loaded.round_inputs(name.removesuffix(".weight"), ActivationScheme())
+    saved(loaded, schemes, tmp_path / "variant")
+    path = tmp_path / "variant/config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]["dequantize"]  # as other tools write it
+    path.write_text(json.dumps(config))
+    assert open_model(ModelRef(str(tmp_path / "variant"))).activations == loaded.activations
+    (group,) = config["quantization_config"]["config_groups"].values()
+    group["input_activations"] |= {"symmetric": False}
+    path.write_text(json.dumps(config))
+    other = open_model(ModelRef(str(tmp_path / "variant")))
+    assert not other.activations
+    assert any("inputs exact" in note for note in other.notes)
+    assert (
+        torch.equal(other.model.lm_head.weight, loaded.model.lm_head.weight) is False
+    )  # multiplied in float16
+    assert torch.allclose(other.model.lm_head.weight, loaded.model.lm_head.weight, rtol=1e-3)
+
+
 def test_rounded_inputs_by_hand() -> None:
     rows = torch.tensor([[[127.5, -1.0, 0.49], [0.0, 0.0, 0.0]]])
     assert round_input(rows, ActivationScheme()).tolist() == [[[127.0, -1.0, 0.0], [0.0, 0.0, 0.0]]]

@@ -14,12 +14,18 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from core.compress._grid import put
 from core.compress._proof import _options, _probe_inputs, auto_class
-from core.compress._store import predicted_bytes
+from core.compress._report import table
+from core.compress._store import predicted_bytes, save_variant
+from core.compress._targets import targets
 from core.errors import CannotCompress
 from core.models.loaded import LoadedModel
+from core.models.open import open_model
+from core.registry import get
+from core.types import Documents, ModelRef, silent
 from tests.compress.making import apply, own_model, save
-from tests.tiny import FUSED_ON_DISK, PACKABLE
+from tests.tiny import CORPUS, FUSED_ON_DISK, PACKABLE, tiny_folder
 
 INT8: dict[str, Any] = {"bits": 8, "group_size": "channel", "scheme": "symmetric"}
 INT4: dict[str, Any] = {"bits": 4}
@@ -183,3 +189,40 @@ def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "variant").mkdir()
     with pytest.raises(CannotCompress, match="exists already"):
         save(loaded, apply(loaded, "cast"), tmp_path / "variant")
+
+
+def test_what_nothing_packed_is_stored_as_the_base_stores_it_where_that_loses_nothing(tmp_path: Path) -> None:
+    folder = tiny_folder("olmoe", tmp_path / "base")
+    transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).save_pretrained(folder)
+    loaded = open_model(ModelRef(str(folder)))
+    assert loaded.dtype == "float32"
+    norm, other = loaded.model.model.norm.weight, loaded.model.model.layers[0].input_layernorm.weight
+    norm.data[3] = 1 / 3  # no float16
+    rows = [
+        put(loaded, target, None, loaded.model.get_parameter(target.name).data) for target in targets(loaded)
+    ]
+    saved = save_variant(loaded, tmp_path / "variant", frame=table(rows), provenance={"recipe": {}})
+    assert saved.bytes == pytest.approx(saved.predicted_bytes, rel=1e-3)
+    assert saved.bytes == pytest.approx((folder / "model.safetensors").stat().st_size, rel=0.01)
+    assert saved.format == "float16"
+    with safe_open(tmp_path / "variant/model.safetensors", "pt") as file:
+        stored = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    assert stored.pop("model.norm.weight") is torch.float32
+    assert set(stored.values()) == {torch.float16}
+    assert other.dtype is torch.float32
+    assert_same(loaded, tmp_path / "variant")
+
+
+@pytest.mark.parametrize("method", ["rtn", "expert_bits"])
+def test_a_base_in_16_bits_keeps_its_dtype_beside_packed_weights(method: str, tmp_path: Path) -> None:
+    folder = tiny_folder("olmoe", tmp_path / "base")
+    transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    loaded = open_model(ModelRef(str(folder)))
+    if method == "rtn":
+        result = apply(loaded, "rtn", bits=4)
+    else:
+        chosen = get("compress", method)
+        text = Documents("corpus", "calibration", CORPUS)
+        result = chosen.run(loaded, text, silent, chosen.parse({"calibration_tokens": 64}))
+    save(loaded, result, tmp_path / "variant")
+    assert_same(loaded, tmp_path / "variant")
