@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -203,30 +204,34 @@ def format_table(rule: ScaleRule) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def line_frames(
-    format_: NumberFormat, number: float, largest: float, rule: ScaleRule, *, near: bool
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The values of a format and of those with as many bits, and where each stores the number."""
+@dataclass(frozen=True)
+class Line:
+    """What the number line shows."""
+
+    values: pd.DataFrame
+    """Columns format, value, kind: the chosen format first."""
+    marks: pd.DataFrame
+    """Columns format, number, stored: where each format keeps the number."""
+    domain: tuple[float, float]
+
+
+def on_a_line(
+    format_: NumberFormat, number: float, largest: float, rule: ScaleRule, *, zoom: str, axis: str
+) -> Line:
+    """The values of a format and of those with as many bits; a logarithmic axis shows magnitudes."""
+    if axis == "log":
+        number = abs(number)
     formats = alike(format_)
     stored = [store(number, one, largest=largest, rule=rule) for one in formats]
-    values = pd.concat(
-        [
-            grid_values(one, kept.scale, near=number if near else None)
-            for one, kept in zip(formats, stored, strict=True)
-        ],
-        ignore_index=True,
-    )
-    marks = pd.DataFrame(
-        {
-            "format": [one.title for one in formats],
-            "number": number,
-            "stored": [kept.value for kept in stored],
-        }
-    )
-    return values, marks
+    near = number if zoom == "near" else None
+    pairs = zip(formats, stored, strict=True)
+    values = pd.concat([grid_values(one, kept.scale, near=near) for one, kept in pairs], ignore_index=True)
+    titles, kept_values = [one.title for one in formats], [kept.value for kept in stored]
+    marks = pd.DataFrame({"format": titles, "number": number, "stored": kept_values})
+    return Line(values, marks, _domain(values, number, largest, zoom=zoom, axis=axis))
 
 
-def line_domain(
+def _domain(
     values: pd.DataFrame, number: float, largest: float, *, zoom: str, axis: str
 ) -> tuple[float, float]:
     """The ends of the number line: of the block, of everything, or of the first format's values near the number."""

@@ -23,7 +23,7 @@ ABOUT = About(
 )
 HALVES = {"number": "A number", "weights": "The weights of the model"}
 
-if "probe" in st.query_params:
+if "probe" in st.query_params and "part" not in st.query_params:
     st.query_params["part"] = "weights"
 half = state.choice(
     st.segmented_control,

@@ -181,19 +181,18 @@ def line(asked: Asked) -> None:
                 st.segmented_control, "Axis", AXES, key="axis", default="linear", required=True,
                 label_visibility="collapsed",
             )  # fmt: skip
-        values, marks = views.line_frames(
-            asked.format, asked.number, asked.largest, asked.rule, near=zoom == "near"
-        )
-        domain = views.line_domain(values, asked.number, asked.largest, zoom=zoom, axis=axis)
+        shown = views.on_a_line(asked.format, asked.number, asked.largest, asked.rule, zoom=zoom, axis=axis)
         drawn = charts.number_line(
-            values,
-            marks,
+            shown.values,
+            shown.marks,
             axis="log" if axis == "log" else "linear",
-            domain=domain,
+            domain=shown.domain,
             chosen=asked.format.title,
         )
         with head:
-            card_head(f"The values of {asked.format.bits}-bit formats", values, drawn, key="number_line")
+            card_head(
+                f"The values of {asked.format.bits}-bit formats", shown.values, drawn, key="number_line"
+            )
         st.altair_chart(drawn, key="number_line_chart", alt="Every value of the format as a tick on a line")
         if asked.format.bits >= views.WIDE and zoom != "near":
             n = 2**asked.format.element.mantissa_bits if asked.format.element else 0

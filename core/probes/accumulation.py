@@ -77,17 +77,21 @@ def accumulation(
             mean = float(error_SL[:, at].mean())
             rows.append((length, series, mean, max(0.0, mean - half_L[at]), mean + half_L[at]))
         finals[series] = rows[-1]
-    for name in ("bfloat16", "float16"):
-        rows += [(n, f"{name}, √n · u", (n**0.5) * UNIT[name], np.nan, np.nan) for n in lengths.tolist()]
     frame = pd.DataFrame(rows, columns=["length", "series", "relative_error", "low", "high"])
     frame["log2_length"] = np.log2(frame["length"])
+    narrow = frame[frame["series"] != "float32"].reset_index(drop=True)
+    growth = _growth(frame)
     n_sums = len(products_SK)
     return Result(
-        frames={"main": frame},
+        frames={"main": narrow, "growth": growth, "all": frame},
         views=(
             View(
-                "line", x="log2_length", y="relative_error", color="series", title="Error of a sum by its length", unit="share",
+                "line", x="log2_length", y="relative_error", color="series", title="Error of a sum by its length",
                 log=True, tooltip=("length", "low", "high"),
+            ),
+            View(
+                "line", x="log2_length", y="roundoffs", color="series", frame="growth", log=True,
+                title="The same in units of each format's roundoff u", unit="u", tooltip=("length",),
             ),
         ),
         metrics=tuple(
@@ -113,6 +117,16 @@ def accumulation(
             "Sums over the same inputs are not independent, so the intervals are a little narrow.",
         ),
     )  # fmt: skip
+
+
+def _growth(frame: pd.DataFrame) -> pd.DataFrame:
+    """Errors of plain sums divided by their format's unit roundoff, and √n beside them."""
+    plain = frame[frame["series"].isin(list(UNIT))]
+    measured = plain.assign(roundoffs=plain["relative_error"] / plain["series"].map(UNIT))
+    lengths = frame[["length", "log2_length"]].drop_duplicates()
+    walk = lengths.assign(series="√n", roundoffs=np.sqrt(lengths["length"]))
+    columns = ["length", "log2_length", "series", "roundoffs"]
+    return pd.concat([measured[columns], walk[columns]], ignore_index=True)
 
 
 def _products(loaded: LoadedModel, prompt: Prompt, settings: AccumulationSettings) -> tuple[Tensor, str]:

@@ -113,15 +113,14 @@ def weight_histogram(
     sqnr = 10 * np.log10(energy / noise) if noise else float("inf")
     entropy = _entropy(values["share"].to_numpy())
     n = weight.parameters
-    unit = "in units of the block's scale"
+    where = weight.part if weight.layer is None else f"{weight.part} of layer {weight.layer}"
     views = [
         View(
             "line",
             x="position",
             y="share",
             frame="main",
-            title=f"{weight.name}: where weights lie, {unit}",
-            unit="share",
+            title=f"{where} before rounding, each block over its scale",
         ),
     ]
     if len(values) <= COMMON:
@@ -131,8 +130,7 @@ def weight_histogram(
                 x="value",
                 y="share",
                 frame="values",
-                title=f"Share of weights on each value of {settings.format}",
-                unit="share",
+                title=f"After: share on each value of {settings.format}",
             )
         )
     return Result(

@@ -26,7 +26,7 @@ def test_first_page_and_navigation(page, server):
     page.goto(server.url)
     ready(page)
     expect(page.get_by_role("heading", name="What do you want to look at?")).to_be_visible()
-    for name in ("Home", "Model", "Inspect", "Compress", "Trade-offs", "Jobs"):
+    for name in ("Home", "Model", "Formats", "Inspect", "Compress", "Trade-offs", "Jobs"):
         expect(page.get_by_role("link", name=name, exact=True)).to_be_visible()
 
 
@@ -115,6 +115,7 @@ def test_axe_finds_nothing_of_ours(page, server, model, tradeoffs, scheme):
     for path in (
         "/",
         f"/model?model={model}",
+        "/formats?number=0.1&format=mxfp4",
         f"/inspect?model={model}&text=one+two&cell=1~1",
         f"/compress?model={model}",
         tradeoffs.removeprefix(server.url),
