@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from app import engine
 from app import format as fmt
 from app.charts import PADDING, SELECTED
+from core.catalog.queries import VariantDetail
 from core.compress._allocation import Allocation, OverBudget, frontier
 from core.compress._assignment import LOSS_OF, menu_of, written
 from core.compress._formats import KEEP
@@ -26,6 +27,8 @@ from core.planning import newest_sensitivity
 from core.types import Run
 
 NEUTRAL = "#8A93A6"
+STAGES = "stages"
+"""The frame of ``mixed_precision`` with predicted and measured loss."""
 CUT, PINNED = "●", "◆"
 """What marks the chosen and the pinned cells of the grid."""
 
@@ -121,6 +124,17 @@ def curve(table: Sensitivity, pins: Mapping[str, str], here: Allocation) -> Any:
         alt.Chart(line).mark_line(color=NEUTRAL, strokeWidth=1.6).encode(x=x, y=y),
         alt.Chart(point).mark_point(size=140, filled=True, color=SELECTED).encode(x=x, y=y),
     ).properties(height=220, padding=PADDING)
+
+
+def stages_of(detail: VariantDetail) -> pd.DataFrame | None:
+    """Predicted and measured loss while a variant's parts were stored, of its latest run that kept them; else None."""
+    run = next((run for run, name in detail.frames if name == STAGES), None)
+    return None if run is None else _frame(run, STAGES)
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def _frame(run_id: str, name: str) -> pd.DataFrame:
+    return engine.catalog().frame(run_id, name)
 
 
 def predicted_chart(points: pd.DataFrame) -> Any:

@@ -9,7 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from app import format as fmt
-from app import tradeoff_chart, tradeoff_views
+from app import budget, tradeoff_chart, tradeoff_views
 from app.components.variant_export import variant_export
 from app.components.verdict_note import verdict_note
 from app.text import esc
@@ -197,6 +197,13 @@ def _layers(detail: VariantDetail, _base: Variant, _folder: str | None) -> None:
     if layers.empty:
         st.caption("No per-weight statistics are kept for this variant.")
         return
+    stages = budget.stages_of(detail)
+    if stages is not None:
+        st.caption("Predicted against measured loss, as the parts were stored one after the other")
+        chart = budget.predicted_chart(stages)
+        st.altair_chart(
+            chart, key="predicted_loss", alt=f"Predicted against measured loss of {detail.variant.id}"
+        )
     touched = layers.loc[layers["touched"].astype(bool), "parameters"].sum() / layers["parameters"].sum()
     st.caption(f"{len(layers)} weights; {touched:.1%} of their parameters were changed.")
     st.dataframe(

@@ -168,7 +168,7 @@ def run(
     n_tokens = int(ids_WP.numel())
     notes = (*_notes(chosen, curve, promised, settings, unit), untouched_note(frame))
     return Result(
-        {"main": frame, "parts": chosen, "curve": curve, "cells": cells},
+        {"main": frame, "parts": chosen, "stages": curve, "cells": cells},
         (*_views(unit), *VIEWS),
         (*_metrics(curve, promised, n_tokens, unit), *headline(frame)),
         Provenance(
@@ -268,7 +268,7 @@ def _views(unit: str) -> tuple[View, ...]:
             title="What each part is stored as", unit="bit", tooltip=("group", "bytes", "loss", "fisher"),
         ),
         View(
-            "scatter", x="predicted", y="loss", frame="curve", unit=unit, log=True,
+            "scatter", x="predicted", y="loss", frame="stages", unit=unit, log=True,
             title="Predicted against measured, part by part", tooltip=("parts", "loss_low", "loss_high"),
         ),
     )  # fmt: skip

@@ -45,7 +45,7 @@ def test_the_file_is_as_large_as_promised_and_reloads(made) -> None:
 
 
 def test_predicted_and_measured_loss_are_told_as_the_parts_are_stored(made) -> None:
-    curve = made.result.frames["curve"]
+    curve = made.result.frames["stages"]
     assert curve["parts"].iloc[-1] == len(made.result.frames["parts"])
     assert curve["loss"].is_monotonic_increasing
     last = curve.iloc[-1]
@@ -62,14 +62,14 @@ def test_it_beats_one_format_at_equal_bytes(made, tmp_path: Path) -> None:
     nbytes = next(metric.value for metric in one.metrics if metric.name == "promised_bytes")
     many = mixed(own_model("smollm", tmp_path / "many"), budget=f"{nbytes / 1e6:.6f}MB")
     assert next(m.value for m in many.metrics if m.name == "promised_bytes") <= nbytes
-    assert many.frames["curve"]["loss"].iloc[-1] < one.frames["curve"]["loss"].iloc[-1]
+    assert many.frames["stages"]["loss"].iloc[-1] < one.frames["stages"]["loss"].iloc[-1]
 
 
 def test_an_assignment_makes_the_same_weights_again(made, tmp_path: Path) -> None:
     loaded = own_model("smollm", tmp_path)
     result = mixed(loaded, assignment=made.result.provenance.conditions["assignment"])
     assert result.frames["parts"]["format"].tolist() == made.result.frames["parts"]["format"].tolist()
-    assert result.frames["curve"]["loss"].iloc[-1] == made.result.frames["curve"]["loss"].iloc[-1]
+    assert result.frames["stages"]["loss"].iloc[-1] == made.result.frames["stages"]["loss"].iloc[-1]
 
 
 def test_a_pin_is_kept_and_gptq_stores_it_too(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_pin_is_kept_and_gptq_stores_it_too(tmp_path: Path) -> None:
     result = mixed(loaded, budget="6bpw", pins="1.o:int8", quantizer="gptq", samples=8, sample_tokens=24)
     main = result.frame.set_index("module")
     assert main.loc["model.layers.1.self_attn.o_proj", "format"] == "int8 channel symmetric"
-    assert result.frames["curve"]["loss"].iloc[-1] > 0
+    assert result.frames["stages"]["loss"].iloc[-1] > 0
 
 
 @pytest.mark.parametrize(("settings", "error", "said"), [
