@@ -168,13 +168,13 @@ def command_run(args: argparse.Namespace) -> Any:
 
 def command_plan(args: argparse.Namespace) -> Any:
     """Say how a model could fit into a budget of bytes, and what that is predicted to cost."""
-    from core.planning import plan_model, summary
+    from core.planning import document, plan_model, summary
 
     planned = plan_model(
         _catalog(), args.model, args.budget, tolerance=args.tolerance, settings=pairs(args.set),
         progress=terminal_progress(),
     )  # fmt: skip
-    return planned if args.json else pd.DataFrame(summary(planned))
+    return document(planned) if args.json else pd.DataFrame(summary(planned))
 
 
 def command_sweep(args: argparse.Namespace) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from core.planner import Plan, Sensitivity, plans
@@ -88,3 +88,15 @@ def summary(planned: Planned) -> list[dict[str, Any]]:
         }
         for plan in planned.plans
     ]
+
+
+def document(planned: Planned) -> dict[str, Any]:
+    """The same as one JSON document, each recipe as its file has it."""
+    made = [
+        {
+            **asdict(replace(plan, recipe=None)),
+            "recipe": None if plan.recipe is None else plan.recipe.model_dump(mode="json"),
+        }
+        for plan in planned.plans
+    ]
+    return {**asdict(replace(planned, plans=())), "plans": made}

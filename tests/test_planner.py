@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
@@ -14,7 +16,7 @@ from core.compress._allocation import OverBudget
 from core.errors import BadInput
 from core.loop import register
 from core.planner import Sensitivity, plans
-from core.planning import newest_sensitivity, plan_model
+from core.planning import document, newest_sensitivity, plan_model, summary
 from core.recipe import Recipe
 from core.types import Prompt
 from tests.tiny import tiny_folder
@@ -42,6 +44,9 @@ def test_the_probe_is_stored_and_found_again(stored) -> None:
     assert table.score == "exact"
     planned = plan_model(catalog, model, "6bpw")
     assert planned.run == run.id, "nothing is measured anew"
+    first = json.loads(json.dumps(document(planned)))["plans"][0]
+    assert Recipe.parse(first["recipe"]) == planned.plans[0].recipe
+    assert summary(planned)[0]["MB"] == pytest.approx(first["bytes"] / 1e6)
 
 
 def test_plans_keep_the_budget_and_are_recipes(stored) -> None:

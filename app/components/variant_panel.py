@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 import streamlit as st
 
-from app import format as fmt
 from app import budget, tradeoff_chart, tradeoff_views
+from app import format as fmt
 from app.components.variant_export import variant_export
 from app.components.verdict_note import verdict_note
 from app.text import esc
