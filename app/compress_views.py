@@ -157,5 +157,5 @@ def _memory(work: Work) -> str:
     return (
         "memory not predicted"
         if work.peak_bytes is None
-        else f"{fmt.size(work.peak_bytes)} of memory at the peak"
+        else f"{fmt.size(work.peak_bytes)} of weights and activations at the peak"
     )

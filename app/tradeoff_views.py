@@ -177,11 +177,11 @@ def table(
             "on_front": rows["variant"].map(front.set_index("variant")["probability"]) * 100,
         }
     )
-    for aim in available(frame):
-        shown[aim.column] = rows[aim.column] / aim.scale
     words = [" ".join(said.get(id_, ())) for id_ in rows["variant"]]
     if any(words):
         shown["to_know"] = words
+    for aim in available(frame):
+        shown[aim.column] = rows[aim.column] / aim.scale
     return shown.reset_index(drop=True)
 
 

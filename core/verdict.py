@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from core.tradeoff import objective
+from core.tradeoff import QUALITY_TOLERANCE, objective
 
 Row = Mapping[str, Any]
 """One variant's columns, as ``tradeoff_frame`` names them; NaN or absent where nothing was measured."""
@@ -25,7 +25,7 @@ RUIN = 2.0
 SPEEDS = {"decode_tokens_per_s": "decode", "prefill_tokens_per_s": "prefill", "images_per_s": "images"}
 SCORES = {"accuracy": "accuracy", "spearman": "Spearman"}
 """Measured against truth, with ``delta_<name>`` paired against the base."""
-_MEASURED = [*SPEEDS, "delta_bits_per_byte", *(f"delta_{name}" for name in SCORES)]
+_MEASURED = [*SPEEDS, "kl", "delta_bits_per_byte", *(f"delta_{name}" for name in SCORES)]
 _READ = (
     *("variant", "flagged", "bytes", "zero_share_of_matrices", "perplexity", "bits_per_byte", *SCORES),
     *(f"{name}{end}" for name in _MEASURED for end in ("", "_low", "_high")),
@@ -97,6 +97,8 @@ def _harm(variant: Row) -> str:
     if low > 0:
         now, was, kindest = _perplexities(variant, low)
         word = "broken" if now / kindest >= RUIN else "worse"
+        if word == "worse" and _ends(variant, "kl")[1] <= QUALITY_TOLERANCE["kl"]:
+            return ""  # every rounding costs a little; this is within what the page calls close
         more = _value(variant, "delta_bits_per_byte")
         perplexity = f"perplexity {_number(now)} against {_number(was)} on the same text, "
         return f"{word}: {perplexity if now > 0 else ''}{more:+.3g} bits per byte {_interval(variant, 'delta_bits_per_byte')}"

@@ -63,7 +63,7 @@ except SlimscopeError as error:
 card = opening.ticket.result() if opening.ticket.succeeded else None
 
 # --- presets --------------------------------------------------------------------------------------------
-cards = st.grid(5, min_column_width=190)
+cards = st.grid(5, min_column_width=150)
 slots, offered = {}, presets(card.offers if card else None)
 for preset in offered:
     with cards.container(border=True, height="stretch", key=f"preset_{preset.id}", gap="xsmall"):

@@ -77,6 +77,13 @@ def test_worse_is_not_broken():
     assert said.startswith("Smaller but worse: perplexity 21 against 19")
 
 
+def test_a_loss_within_the_tolerance_is_not_held_against_it():
+    close = {"kl": 0.03, "kl_low": 0.025, "kl_high": 0.035}
+    assert sentences(BASE, variant(perplexity=19.5, bytes=76e6, **close)) == ()
+    doubtful = {"kl": 0.05, "kl_low": 0.045, "kl_high": 0.055}
+    assert sentences(BASE, variant(perplexity=19.5, bytes=76e6, **doubtful)) != ()
+
+
 def test_broken_needs_the_kinder_end_to_be_ruin_too():
     """Twice the perplexity, but the interval allows less."""
     (said,) = sentences(BASE, variant(perplexity=38.5, spread=0.02, bytes=76e6))

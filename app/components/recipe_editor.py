@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 
 import streamlit as st
 
 from app import drafts, engine
+from app.components.budget_panel import budget_panel
 from app.components.step_list import step_list
 from app.components.step_picker import step_picker
 from app.components.text_check import text_check
@@ -20,6 +20,7 @@ from core.recipe import CALIBRATION, Recipe, Step
 from core.registry import get
 
 STEPS, BUDGET, JSON = "Steps", "Fit a budget", "JSON"
+CHECK = "check_text"
 
 
 def recipe_editor(model: str, opening: engine.Call, card: ModelCard | None) -> Recipe | None:
@@ -34,7 +35,7 @@ def recipe_editor(model: str, opening: engine.Call, card: ModelCard | None) -> R
         st.header("Your own recipe", anchor=False, width="stretch")
         mode = st.segmented_control(
             "Write it as",
-            [STEPS, BUDGET, JSON] if find_spec("app.components.budget_panel") else [STEPS, JSON],
+            [STEPS, BUDGET, JSON],
             default=STEPS,
             required=True,
             key="write_as",
@@ -43,8 +44,6 @@ def recipe_editor(model: str, opening: engine.Call, card: ModelCard | None) -> R
     if mode == JSON:
         return _as_json(draft)
     if mode == BUDGET:
-        from app.components.budget_panel import budget_panel
-
         return budget_panel(model, opening)
     return _as_steps(draft, model, card)
 
@@ -56,7 +55,7 @@ def _as_steps(draft: Draft, model: str, card: ModelCard | None) -> Recipe | None
         step = _form(draft)
         calibration = draft.calibration
         if draft.recipe.reads_text:
-            calibration = _calibration(draft, model, card)
+            calibration = _calibration(draft, may_check=card is not None)
     if step is not None:
         draft = drafts.edited(draft, step, calibration)
     with left:
@@ -70,6 +69,8 @@ def _as_steps(draft: Draft, model: str, card: ModelCard | None) -> Recipe | None
         step_picker(offers, version=draft.version)
         if wrong := clash(draft.recipe):
             st.markdown(f":orange[:material/warning: {esc(wrong)}]")
+    if card is not None and draft.recipe.reads_text and st.session_state.get(CHECK):
+        text_check(draft.calibration or CALIBRATION, model, card, draft.steps[draft.chosen])
     return None if step is None else draft.recipe
 
 
@@ -102,8 +103,8 @@ def _action(icon: str, name: str, possible: bool, act: object, *args: int) -> No
     )
 
 
-def _calibration(draft: Draft, model: str, card: ModelCard | None) -> str:
-    """The text that calibrated steps read, and what it is worth for this model."""
+def _calibration(draft: Draft, *, may_check: bool) -> str:
+    """The text that calibrated steps read, and whether it is to be checked."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
         text = st.text_input(
             "Calibration text",
@@ -112,11 +113,8 @@ def _calibration(draft: Draft, model: str, card: ModelCard | None) -> str:
             help="What calibrated steps measure the model on: pydoc (the reference prose every Python ships), domains, "
             "domain:NAME, a text file's path, or hub:ID. Evaluation reads other documents.",
         )
-        check = st.toggle("Check this text", key="check_text", disabled=card is None)
-    named = text.strip() or CALIBRATION
-    if check and card is not None:
-        text_check(named, model, card, draft.steps[draft.chosen])
-    return named
+        st.toggle("Check this text", key=CHECK, disabled=not may_check)
+    return text.strip() or CALIBRATION
 
 
 def _as_json(draft: Draft) -> Recipe | None:

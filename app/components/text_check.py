@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
+from app.arrangement import Look
 from app.components.asking import answer
 from app.components.error_card import error_card
 from app.components.result_panel import result_panel
@@ -34,4 +35,4 @@ def text_check(text: str, model: str, card: ModelCard, step: Step) -> None:
     if result is not None:
         with st.container(border=True):
             st.caption(esc(f"{text}, as a calibrated step would read it"))
-            result_panel(result, name=PROBE, settings=None)
+            result_panel(result, name=PROBE, settings=None, look=Look(narrow=True))

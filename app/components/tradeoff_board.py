@@ -273,7 +273,7 @@ def _columns(frame: pd.DataFrame, domain: Sequence[str]) -> dict[str, Any]:
         ),
         "to_know": column.TextColumn(
             "To know",
-            width="large",
+            width="medium",
             help="Where it is slower, broken, larger or no smaller than its base beyond the intervals",
         ),
     }

@@ -98,7 +98,7 @@ def metrics(text: CalibrationText, ranks: pd.DataFrame) -> tuple[Metric, ...]:
     n = text.n_used
     found = [
         Metric("effective_tokens", text.effective, "tokens", "higher", n=n),
-        Metric("windows", len(text.windows_BP), "windows", "higher"),
+        Metric("windows", len(text.windows_BP), "", "higher"),
         Metric("repeated_share", float(text.repeated_B.mean()), "share", "lower", n=n),
         Metric("broken_share", text.broken, "share", "lower", n=n),
     ]

@@ -146,7 +146,7 @@ def _experts(
 
 
 _VIEWS = (
-    View("table", x="check", text="found", title="What to look at", tooltip=("verdict", "meaning")),
+    View("table", x="verdict", text="check", title="What to look at", tooltip=("found", "meaning")),
     View("bar", x="kind", y="share", frame="kinds", title="Nearest kind of text", unit="share", tooltip=("tokens",)),
     View(
         "table", x="layer", text="input", frame="ranks", title="Directions that the text fills",
