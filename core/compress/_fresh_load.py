@@ -64,7 +64,7 @@ def loaded_by(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     if request["library"] == "quanto":
         from optimum.quanto.models.transformers_models import QuantizedTransformersModel
 
-        own = type("QuantizedModel", (QuantizedTransformersModel,), {"auto_class": auto})
+        own: Any = type("QuantizedModel", (QuantizedTransformersModel,), {"auto_class": auto})
         nothing: dict[str, Any] = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
         return own.from_pretrained(request["folder"])._wrapped, nothing
     model, report = auto.from_pretrained(request["folder"], output_loading_info=True, **request["options"])

@@ -244,7 +244,7 @@ def _output(loaded: LoadedModel, expected: Expected) -> Tensor:
         return expected.output
     assert loaded.library is not None
     with torch.inference_mode(False):
-        output: Tensor = _fresh_load.output_of(loaded.library.model, expected.inputs)
+        output: Tensor = _fresh_load.output_of(loaded.library.model, dict(expected.inputs))
     return output
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -40,10 +40,11 @@ def run(
     nf4 = settings.format == "nf4"
 
     def config() -> object:
+        made: Any = transformers.BitsAndBytesConfig
         compute = loaded.model.dtype
         if not nf4:
-            return transformers.BitsAndBytesConfig(load_in_8bit=True)
-        return transformers.BitsAndBytesConfig(
+            return made(load_in_8bit=True)
+        return made(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,

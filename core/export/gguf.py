@@ -106,7 +106,7 @@ def run(loaded: LoadedModel, folder: Path, progress: Progress, settings: GgufSet
 def read_back(folder: Path) -> Any:
     """The file as transformers reads it: dense float32."""
     with quiet():
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=FILE, dtype=torch.float32, local_files_only=True
         )
     return model.eval()

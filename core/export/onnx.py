@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 import time
 from collections import Counter
@@ -107,9 +108,8 @@ def run(loaded: LoadedModel, folder: Path, progress: Progress, settings: OnnxSet
 
 
 def _export(model: Any, inputs: dict[str, Any], config: dict[str, Any]) -> Any:
-    from transformers.exporters import OnnxConfig, OnnxExporter
-
-    return OnnxExporter().export(model, inputs, OnnxConfig(**config)).program
+    exporters: Any = importlib.import_module("transformers.exporters")
+    return exporters.OnnxExporter().export(model, inputs, exporters.OnnxConfig(**config)).program
 
 
 def _write(program: Any, scratch: Path, folder: Path, settings: OnnxSettings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,9 +73,8 @@ def run(loaded: LoadedModel, folder: Path, progress: Progress, settings: OpenVin
 
 
 def _export(model: Any, inputs: dict[str, Any], config: dict[str, Any]) -> Any:
-    from transformers.exporters import OpenVINOConfig, OpenVINOExporter
-
-    return OpenVINOExporter().export(model, inputs, OpenVINOConfig(**config)).program
+    exporters: Any = importlib.import_module("transformers.exporters")
+    return exporters.OpenVINOExporter().export(model, inputs, exporters.OpenVINOConfig(**config)).program
 
 
 def _compressed(program: Any) -> tuple[Any, int]:

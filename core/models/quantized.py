@@ -156,7 +156,7 @@ def _dequantize_modules(model: Any) -> None:
     """optimum-quanto's layers as torch's own."""
     from optimum.quanto import QConv2d, QLinear
 
-    plain = {QLinear: torch.nn.Linear, QConv2d: torch.nn.Conv2d}
+    plain: dict[Any, Any] = {QLinear: torch.nn.Linear, QConv2d: torch.nn.Conv2d}
     for name, module in list(model.named_modules()):
         kind = plain.get(type(module))
         if kind is not None:
