@@ -169,7 +169,7 @@ class _Learning:
     def run(self, progress: Progress) -> list[dict[str, Any]]:
         """Leave the best state in ``roundings``; the losses measured."""
         stream_BPD = self.collected.stream_BPD
-        wanted_BPD = torch.cat([self.collected.run(part) for part in stream_BPD.split(CHECK_BATCH)])
+        wanted_BPD = torch.cat([self.collected.run(part) for part in torch.split(stream_BPD, CHECK_BATCH)])
         iterations, total = self.settings.iterations, len(stream_BPD)
         first = best = self._loss(wanted_BPD)
         curve = [self._line(0, first, first)]
@@ -208,7 +208,9 @@ class _Learning:
         squares = 0.0
         with torch.no_grad(), self._standing_in():
             for stream, wanted in zip(
-                self.collected.stream_BPD.split(CHECK_BATCH), wanted_BPD.split(CHECK_BATCH), strict=True
+                torch.split(self.collected.stream_BPD, CHECK_BATCH),
+                torch.split(wanted_BPD, CHECK_BATCH),
+                strict=True,
             ):
                 squares += float(
                     (self.collected.run(stream) - wanted).float().square().sum(dtype=torch.float64)
