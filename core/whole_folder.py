@@ -25,12 +25,7 @@ def whole_folder(folder: Path, nbytes: int, *, refuse: type[SlimscopeError]) -> 
     if folder.exists():
         raise refuse(f"{folder} exists already; choose a folder that does not")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < nbytes + SPARE_BYTES:
-        raise refuse(
-            f"the disk of {folder.parent} has {free / 1e6:.0f} MB free but this needs "
-            f"{(nbytes + SPARE_BYTES) / 1e6:.0f} MB; free some space or choose another folder"
-        )
+    refuse_full_disk(folder, nbytes, refuse=refuse)
     incoming = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.incoming")
     incoming.mkdir()
     try:
@@ -48,6 +43,17 @@ def whole_folder(folder: Path, nbytes: int, *, refuse: type[SlimscopeError]) -> 
         raise
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
+
+
+def refuse_full_disk(folder: Path, nbytes: int, *, refuse: type[SlimscopeError]) -> None:
+    """Raise ``refuse`` where the disk that ``folder`` is or will be on has no room for ``nbytes``."""
+    place = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < nbytes + SPARE_BYTES:
+        raise refuse(
+            f"the disk of {place} has {free / 1e6:.0f} MB free but this needs {(nbytes + SPARE_BYTES) / 1e6:.0f} MB; "
+            "free some space or choose another folder"
+        )
 
 
 def _flush(path: Path) -> None:

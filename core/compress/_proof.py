@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from core.compress import _fresh_load
+from core.compress._room import PROOF_BYTES
 from core.compress._store import SavedFiles
 from core.compress._targets import tied_names
 from core.lazy import torch
@@ -107,7 +108,7 @@ def expect(loaded: LoadedModel) -> Expected:
     if loaded.library is not None:
         state = _fresh_load.flat(loaded.library.model)
         return Expected(inputs, None, {name: _fresh_load.digest(tensor) for name, tensor in state.items()})
-    output = _fresh_load.output_of(loaded.model, inputs).clone()
+    output = _fresh_load.output_of(loaded.model, dict(inputs)).clone()
     digests = {name: _fresh_load.digest(p) for name, p in loaded.model.named_parameters()}
     return Expected(inputs, output, digests)
 
@@ -168,7 +169,7 @@ def _ask(
     (scratch / "request.json").write_text(json.dumps(request), encoding="utf-8")
     code, words = _run_fresh(scratch, progress)
     if code != 0:
-        return None, None, _death(code, words)
+        return None, None, _death(code, words, loaded.nbytes + PROOF_BYTES)
     answer = json.loads(Path(paths["answer"]).read_text(encoding="utf-8"))
     return answer, load_file(paths["output"])["output"], ""
 
@@ -194,9 +195,12 @@ def _run_fresh(scratch: Path, progress: Progress) -> tuple[int, str]:
     return child.returncode, log.read_text(encoding="utf-8", errors="replace")
 
 
-def _death(code: int, words: str) -> str:
+def _death(code: int, words: str, nbytes: int) -> str:
     if code == -9:
-        return "the fresh process that reloads the files was killed, most likely for memory; free memory and retry"
+        return (
+            "the fresh process that reloads the files was killed, most likely for memory, of which it needs about "
+            f"{nbytes / 1e6:.0f} MB; free memory and retry"
+        )
     last = next((line for line in reversed(words.strip().splitlines()) if line.strip()), "no message")
     how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
     return f"the fresh process that reloads the files {how}: {last}"

@@ -6,7 +6,6 @@ allocation that fails ends the recipe with the amount it needs.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from core.models.sizes import component_sizes
 from core.prediction import SAMPLE_TOKENS, StoresBits, predicted_bytes
 from core.recipe import Recipe
 from core.registry import get
-from core.whole_folder import SPARE_BYTES
+from core.whole_folder import refuse_full_disk
 
 PREDICTED_WELL = 0.98
 """Sizes are predicted to 2 %: what may just fit is not refused."""
@@ -71,13 +70,8 @@ def refuse_without_room(loaded: LoadedModel, recipe: Recipe, folder: Path) -> Ne
     """What the recipe needs; raises ``CannotCompress`` where the disk of ``folder`` has no room for it, ``OutOfMemory``
     where this machine has none."""
     found = needs(loaded, recipe)
-    disk = next(parent for parent in folder.absolute().parents if parent.exists())
-    free = shutil.disk_usage(disk).free
-    if found.file_bytes is not None and free < PREDICTED_WELL * found.file_bytes + SPARE_BYTES:
-        raise CannotCompress(
-            f"the disk of {disk} has {_mb(free)} free but this variant needs {_mb(found.file_bytes + SPARE_BYTES)}; free "
-            "some space or choose another folder"
-        )
+    if found.file_bytes is not None:
+        refuse_full_disk(folder, int(PREDICTED_WELL * found.file_bytes), refuse=CannotCompress)
     if free_memory() < found.memory_bytes and loaded.device == "cpu":
         raise OutOfMemory(_said(recipe, loaded, found, "not enough memory"))
     return found

@@ -49,7 +49,7 @@ def test_a_disk_without_room_is_refused_before_any_work(
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, used=10**9, free=1000)
     )
-    with pytest.raises(CannotCompress, match=r"has 0 MB free but this variant needs \d+ MB"):
+    with pytest.raises(CannotCompress, match=r"has 0 MB free but this needs \d+ MB"):
         compress(loaded, INT4, None, tmp_path / "out/variant", silent)
     assert_untouched(loaded, before, tmp_path / "out")
 
