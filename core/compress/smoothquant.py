@@ -151,6 +151,9 @@ def run(
         shortage_note(windows_BP, settings.samples, calibration),
         "A tensor's error is that of rounding: against the weight after scales were folded into it.",
         _experts_note(loaded, settings),
+        ""
+        if any(report["folded"] for report in reports)
+        else "No scale was folded: this model's norms feed the residual stream too, so this is plain 8-bit rounding.",
         untouched_note(frame),
     )
     return Result(
@@ -207,12 +210,14 @@ def _smooth_and_round(
     largest = {name: inputs.max_abs_I for name, inputs in seen.items()}
     mean = {name: inputs.mean_abs_I for name, inputs in seen.items()}
     before = {name: float(largest[name].max() / mean[name].mean()) for name in seen}
+    folded = 0
     with unchanged(loaded, block, collected) as gaps:
         for place in places(loaded, block):
             names = list(dict.fromkeys(m.inputs for m in place.readers if m.inputs in seen))
             if names and (settings.places == "all" or place.divided is None):
                 scale_S = _scales_at(place, [largest[name] for name in names], settings.alpha)
                 place.apply(scale_S)
+                folded += 1
                 for name in names:
                     largest[name] = largest[name] / place.spread(scale_S)
                     mean[name] = mean[name] / place.spread(scale_S)
@@ -234,7 +239,7 @@ def _smooth_and_round(
         for matrix in matrices(loaded, block)
         if matrix.inputs in seen
     ]
-    return {"rows": rows, "inputs": lines, "gap": gaps[0]}
+    return {"rows": rows, "inputs": lines, "gap": gaps[0], "folded": folded}
 
 
 def _scales_at(place: Place, largest: Iterable[Tensor], alpha: float) -> Tensor:

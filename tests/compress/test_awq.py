@@ -12,6 +12,7 @@ import torch
 from core.compress._collected import Inputs
 from core.compress._scale_search import Reader, search_scales
 from core.compress._scaling_places import places
+from core.errors import Cancelled
 from core.models.loaded import LoadedModel
 from core.models.open import open_model
 from core.numerics.integer import quantize
@@ -140,3 +141,23 @@ def test_rounding_by_gptq_moves_the_outputs_less_on_the_same_grids(tmp_path: Pat
     first = losses["nearest"]["layer"] == 0  # later blocks read what the first ones give
     assert (losses["gptq"]["loss"][first] <= losses["nearest"]["loss"][first] * (1 + 1e-6)).all()
     assert losses["gptq"]["loss"][first].sum() < 0.7 * losses["nearest"]["loss"][first].sum()
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    chosen = get("compress", "awq")
+    settings, scratch = chosen.parse(SMALL), tmp_path / "scratch"
+
+    def stop(done: float, total: float, message: str) -> None:
+        if "block 3" in message:
+            raise Cancelled("stopped")
+
+    once, again = own_model("qwen2", tmp_path / "once"), own_model("qwen2", tmp_path / "again")
+    with torch.inference_mode(), pytest.raises(Cancelled):
+        chosen.run(own_model("qwen2", tmp_path / "stopped"), TEXT, stop, scratch, settings)
+    assert len(list(scratch.rglob("block_*.safetensors"))) == 2
+    with torch.inference_mode():
+        resumed = chosen.run(again, TEXT, silent, scratch, settings)
+    result = awq(once)
+    for (name, one), other in zip(once.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert resumed.frames["losses"].equals(result.frames["losses"])
