@@ -15,6 +15,7 @@ that bfloat16 may stand beside float8. Nothing else is read expert by expert.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -134,10 +135,7 @@ def _cut(model: Any, packed: dict[str, PackedTensor]) -> dict[str, PackedTensor]
     pieces = {}
     for name, part in codes.items():
         if part.ndim != 2:
-            raise CannotCompress(
-                f"{name}: {type(model).__name__} stores all experts of a layer in one tensor, which compressed-tensors "
-                "cannot pack, so this variant would not reload; choose cast, or a family that stores experts one by one"
-            )
+            raise _fused_on_disk(model, name)
         lead = part.shape[:-1]
         assert tags[name].shape[:-1] == lead, f"{name}: a tag was not cut as its codes were"
         tag = int(tags[name].flatten()[0])
@@ -149,6 +147,24 @@ def _cut(model: Any, packed: dict[str, PackedTensor]) -> dict[str, PackedTensor]
             piece = replace(piece, codes=part, scale=scale, zero_point=zeros.get(name))
         pieces[name.removesuffix(".weight")] = piece
     return pieces
+
+
+def refuse_fused_on_disk(loaded: LoadedModel, parameters: Iterable[str]) -> None:
+    """Raise ``CannotCompress`` where packed experts could not be written: for costly steps, before they begin."""
+    fused = {
+        name: parameter for name in parameters if (parameter := loaded.model.get_parameter(name)).ndim == 3
+    }
+    shapes = {name: torch.empty_like(parameter, device="meta") for name, parameter in fused.items()}
+    for name, part in _on_disk(loaded.model, shapes).items():
+        if part.ndim != 2:
+            raise _fused_on_disk(loaded.model, name)
+
+
+def _fused_on_disk(model: Any, name: str) -> CannotCompress:
+    return CannotCompress(
+        f"{name}: {type(model).__name__} stores all experts of a layer in one tensor, which compressed-tensors "
+        "cannot pack, so this variant would not reload; choose cast, or a family that stores experts one by one"
+    )
 
 
 def _on_disk(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from pydantic import Field
 from core.compress._gptq_stack import GPTQ, GptqOptions
 from core.compress._gptq_step import quantize_blocks
 from core.compress._grid import GridSettings, assign, grid_notes
+from core.compress._layout import refuse_fused_on_disk
 from core.compress._report import VIEWS, headline, table, untouched_note
 from core.compress._targets import targets
 from core.compress._walk import calibration_windows, walk_cost
@@ -79,6 +80,7 @@ def run(
     assert calibration is not None, "the registry's `needs` bring calibration text"
     started = time.monotonic()
     schemes = assign(loaded, settings)
+    refuse_fused_on_disk(loaded, schemes)
     windows_BP = calibration_windows(
         loaded,
         calibration,

@@ -13,6 +13,7 @@ import pandas as pd
 from pydantic import Field
 
 from core.compress._grid import GridSettings, assign, grid_notes, put, rounded
+from core.compress._layout import refuse_fused_on_disk
 from core.compress._learned import Rounding
 from core.compress._report import VIEWS, headline, table, untouched_note
 from core.compress._targets import Target, targets
@@ -90,6 +91,7 @@ def run(
     assert calibration is not None, "the registry's `needs` bring calibration text"
     started = time.monotonic()
     schemes = assign(loaded, settings)
+    refuse_fused_on_disk(loaded, schemes)
     windows_BP = calibration_windows(
         loaded,
         calibration,

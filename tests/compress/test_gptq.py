@@ -11,6 +11,7 @@ import torch
 from core.compress import gptq as method
 from core.compress._gptq import Part, gptq, inverse_factor
 from core.compress._grid_fit import Grid
+from core.errors import CannotCompress
 from core.models.loaded import LoadedModel
 from core.numerics.integer import quantize
 from core.numerics.packed import PackedTensor
@@ -159,6 +160,13 @@ def test_a_fitted_grid_loses_less_still(tmp_path: Path) -> None:
         for fit in (False, True)
     )
     assert fitted["loss"].sum() < plain["loss"].sum()
+
+
+def test_experts_that_no_file_could_hold_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    loaded = own_model("gpt_oss", tmp_path)
+    with pytest.raises(CannotCompress, match="stores all experts of a layer in one tensor"):
+        run(loaded)
+    assert not loaded.packed
 
 
 class _Killed(Exception):
