@@ -112,6 +112,8 @@ export default function ({ data, parentElement, setTriggerValue }) {
 """
 )
 _mount = st.components.v2.component("slimscope_heat_canvas", css=_CSS, js=_JS)
+LETTER = 6
+"""Pixels of a letter below the map."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,12 @@ class Cell:
 def _ticks(names: Sequence[object], most: int) -> list[tuple[int, str]]:
     """At most ``most`` evenly spaced names with their index."""
     return [(i, str(names[i])) for i in range(0, len(names), -(-len(names) // most))]
+
+
+def _fit(names: Sequence[str], width: int) -> bool:
+    """Whether names stand side by side below their columns; numbers of up to three digits are thinned until they do."""
+    longest = max(map(len, names))
+    return longest <= 3 or longest * LETTER <= width / len(names)
 
 
 def heat_canvas(
@@ -181,7 +189,7 @@ def heat_canvas(
             "min_width": min_width,
             "max_width": max_width,
             "row_ticks": _ticks(rows, 48),
-            "col_ticks": _ticks(cols, 16) if max(map(len, cols)) <= 3 else _ticks(range(n_cols), 16),
+            "col_ticks": _ticks(cols if _fit(cols, max_width) else range(n_cols), 16),
             "gutter": min(110, 10 + 6 * max(map(len, rows))),
             "selected": vars(selected) if selected else None,
             "sig": f"{levels.signature}-{levels.low}-{levels.high}-{zlib.crc32(names)}",

@@ -158,7 +158,7 @@ def _facts(asked: Asked) -> list[tuple[str, str, str]]:
         ("Bits per weight", f"{format_.bits_per_weight:.4g}", share),
         ("Spacing here", f"{stored.spacing:.7g}", "Distance of neighbouring values around the number"),
         ("Largest", f"{format_.largest * scale:.5g}", scaled),
-        ("Smallest above 0", f"{format_.smallest * scale:.7g}", scaled),
+        ("Smallest above 0", f"{format_.smallest * scale:.4g}", scaled or f"{format_.smallest:.10g}"),
         (
             "Dynamic range",
             f"{format_.dynamic_range_db:,.0f} dB",
@@ -264,7 +264,7 @@ def table(asked: Asked) -> None:
                 "family": "Family",
                 "bits": st.column_config.NumberColumn("Bits"),
                 "bits_per_weight": st.column_config.NumberColumn("Bits per weight", format="%.3f"),
-                "scale": st.column_config.TextColumn("Scale", width=330),
+                "scale": st.column_config.TextColumn("Scale", width=230),
                 "largest": st.column_config.NumberColumn("Largest", format="%.4g"),
                 "smallest": st.column_config.NumberColumn("Smallest above 0", format="%.4g"),
                 "range_db": st.column_config.NumberColumn("Range (dB)", format="%.1f"),

@@ -196,7 +196,7 @@ def in_chunks(terms_SK: Tensor, lengths: Tensor) -> Tensor:
     kept = []
     for length in lengths.tolist():
         total_S = torch.zeros_like(terms_SK[:, 0])
-        for chunk_SC in terms_SK[:, :length].split(CHUNK, dim=1):
+        for chunk_SC in torch.split(terms_SK[:, :length], CHUNK, dim=1):
             total_S = (total_S.float() + chunk_SC.float().sum(1)).to(terms_SK.dtype)
         kept.append(total_S.double())
     return torch.stack(kept, dim=1)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 OPERATIONS = 60
 """Elementwise passes that rounding one weight and measuring it costs, as multiply-adds of a forward pass."""
+HEADLINES = ("float8 e4m3", "int8", "MXFP6 e2m3", "int4", "NVFP4", "NF4", "MXFP4", "int3", "ternary")
+"""Formats whose SQNR is a headline where they are compared."""
 BITS = {"all": range(1, 17), "16": (16,), "8": (8,), "6": (5, 6), "4": (4,), "2 and 3": (2, 3)}
 
 
@@ -36,7 +38,7 @@ class WeightFormatsSettings(Settings):
     """Which formats, how weights share scales, and how much is read."""
 
     bits: Literal["all", "16", "8", "6", "4", "2 and 3"] = Field(
-        "all", description="Formats of how many bits per value (6: with 5)"
+        "4", description="Formats of how many bits per value (6: with 5)"
     )
     block: Literal["own", "16", "32", "64", "128", "256", "row"] = Field(
         "own",
@@ -81,8 +83,8 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: WeightFormatsSettings) -> C
     paper="https://arxiv.org/abs/2310.10537",
     answers="What can a number hold?",
     examples=(
-        Example("What would four bits leave?", Prompt(), {"bits": "4"}),
-        Example("And with one scale for 128 weights?", Prompt(), {"bits": "4", "block": "128"}),
+        Example("What if 128 weights shared a scale?", Prompt(), {"block": "128"}),
+        Example("And all formats?", Prompt(), {"bits": "all", "rows": 8}),
     ),
     cost=_cost,
 )
@@ -109,7 +111,6 @@ def weight_formats(
     ranked = ranked.sort_values("bits_per_weight", ascending=False, ignore_index=True)
     inside = cells[cells["layer"].notna()].astype({"layer": int})
     main = _pooled(inside, ["layer", "format"], formats)
-    best = ranked.iloc[-1]
     notes = [
         "Groups and blocks run along the last axis of each weight as it is stored; float8 has one scale a row here."
     ]
@@ -123,10 +124,10 @@ def weight_formats(
         metrics=(
             *(
                 Metric(
-                    f"sqnr_of_{row.format}", float(row.sqnr_db), "dB", "higher", n=int(row.weights),
-                    low=_or_none(row.low), high=_or_none(row.high), interval=_HOW if not whole else "",
+                    f"sqnr_of_{row['format']}", row["sqnr_db"], "dB", "higher", n=int(row["weights"]),
+                    low=_or_none(row["low"]), high=_or_none(row["high"]), interval=_HOW if not whole else "",
                 )
-                for row in ranked[ranked["format"].isin(("int8", "int4", "NVFP4", best["format"]))].itertuples()
+                for row in ranked[ranked["format"].isin(HEADLINES)].to_dict("records")
             ),
         ),
         provenance=provenance(
@@ -215,7 +216,8 @@ def _pooled(
 
 def _decibel(noise_to_signal: pd.Series) -> pd.Series:
     """10 · log10 of signal over noise; exact weights get the dB of float64's own rounding (about 313)."""
-    return -10 * np.log10(noise_to_signal.clip(lower=np.finfo(float).eps ** 2))
+    decibels: pd.Series = -10 * np.log10(noise_to_signal.clip(lower=np.finfo(float).eps ** 2))
+    return decibels
 
 
 def _parts(cells: pd.DataFrame, formats: dict[str, Scheme]) -> pd.DataFrame:

@@ -174,8 +174,8 @@ def _values(positions: Any) -> pd.DataFrame:
     found, counts = torch.unique((positions * 4096).round() / 4096, return_counts=True)
     frame = pd.DataFrame({"value": found.double().cpu().numpy(), "count": counts.cpu().numpy()})
     frame["value"] = frame["value"].map(lambda value: float(f"{value:.3g}") + 0.0)
-    frame = frame.groupby("value", as_index=False)["count"].sum()
-    return frame.assign(share=frame["count"] / frame["count"].sum())[["value", "share", "count"]]
+    totals = frame.groupby("value")["count"].sum().reset_index()
+    return totals.assign(share=totals["count"] / totals["count"].sum())[["value", "share", "count"]]
 
 
 def _entropy(shares: np.ndarray) -> float:

@@ -75,7 +75,7 @@ def weight_outliers(
         pd.DataFrame(channels).sort_values("ratio", ascending=False, ignore_index=True).head(settings.top)
     )
     inside = frame[frame["layer"].notna()].astype({"layer": int}).reset_index(drop=True)
-    worst = frame.loc[frame["peak"].idxmax()]
+    worst = frame.sort_values("peak").iloc[-1]
     return Result(
         frames={"ranked": ranked, "main": inside},
         views=_views(),
