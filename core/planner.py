@@ -117,7 +117,7 @@ def plans(
 
 
 def _quantize(table: Sensitivity, best: Allocation, most: float | None) -> Plan:
-    recipe = _mixed(table, best.choice_of)
+    recipe = _mixed(table, best)
     words = f"Store every part in the format that costs least in all: {_shares(table.cells, best.choice_of)}."
     return _plan("quantize", words, recipe, best, 0.0, table, most)
 
@@ -146,7 +146,7 @@ def _prune(table: Sensitivity, budget: int, pins: Mapping[str, str], most: float
         "method": "drop_layers",
         "settings": {"criterion": "listed", "layers": listed, "count": len(gone)},
     }
-    mixed = _mixed(left, allocation.choice_of)
+    mixed = _mixed(left, allocation)
     recipe = Recipe.parse(
         {"steps": [drop, *mixed.model_dump(mode="json")["steps"]], "calibration": table.text}
     )
@@ -192,8 +192,9 @@ def _plan(
     return Plan(kind, words, recipe, best.bytes, loss, table.unit, within, best.choice_of)
 
 
-def _mixed(table: Sensitivity, choice_of: Mapping[str, str]) -> Recipe:
-    recipe = Recipe.of("mixed_precision", assignment=written(choice_of), score="fisher")
+def _mixed(table: Sensitivity, best: Allocation) -> Recipe:
+    size = f"{best.bytes / 1e6:.2f}MB"
+    recipe = Recipe.of("mixed_precision", budget=size, assignment=written(best.choice_of), score="fisher")
     return recipe.calibrated_on(table.text)
 
 

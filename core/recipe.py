@@ -26,6 +26,8 @@ from core.registry import Settings, get
 from core.types import canonical_json, content_hash
 
 SCHEMA = 1
+LONGEST = 48
+"""Characters of one setting in a recipe's name."""
 CALIBRATION = "pydoc"
 """What calibrated steps read unless a recipe says otherwise."""
 
@@ -49,7 +51,13 @@ class Step(BaseModel):
         parsed = self.parsed()
         fields = type(parsed).model_fields
         telling = [n for i, n in enumerate(fields) if i == 0 or getattr(parsed, n) != fields[n].default]
-        return " ".join([self.method, *(f"{name}={getattr(parsed, name)}" for name in telling)])
+        return " ".join([self.method, *(f"{name}={_short(getattr(parsed, name))}" for name in telling)])
+
+
+def _short(value: Any) -> str:
+    """A setting as a name can hold it: a long text by its beginning."""
+    text = str(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST].rstrip()}…"
 
 
 class Recipe(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import pandas as pd
 from pydantic import Field, field_validator
@@ -23,6 +23,7 @@ from core.compress._spending import schemes_of, store_by_gptq, store_in_stages
 from core.compress._walk import calibration_windows, walk_cost
 from core.errors import BadInput, CannotCompress
 from core.models.fp32_path import fast_fp32
+from core.models.sizes import Component
 from core.registry import Settings, method
 from core.types import Cost, Documents, Metric, Progress, Provenance, Result, View, part_of
 
@@ -43,7 +44,8 @@ class MixedPrecisionSettings(Settings):
     budget: str = Field(
         "4.5bpw",
         max_length=40,
-        description="Bytes of the weight file: 60MB, 1.2GB, or 4.5bpw (bits per weight, every parameter counted)",
+        description="Bytes of the weight file: 60MB, 1.2GB, or 4.5bpw (bits per weight, every parameter counted); where an "
+        "assignment is given, only told",
     )
     formats: str = Field(FORMATS, max_length=400, description=f"Formats a part may get, e.g. {EXAMPLES}")
     score: Literal["fisher", "exact"] = Field(
@@ -72,6 +74,12 @@ class MixedPrecisionSettings(Settings):
     samples: int = Field(128, ge=1, le=4096, description="With gptq: calibration windows at most")
     sample_tokens: int = Field(512, ge=16, le=8192, description="With gptq: tokens per window")
     seed: int = Field(0, ge=0, le=1_000_000, description="With gptq: which windows, where the text has more")
+
+    def stored_bits(self, anatomy: Anatomy) -> dict[str, float]:
+        """The budget itself, in bits per value of every component. Raises ``BadInput`` where it says nothing of them."""
+        if self.assignment or not self.budget.strip().lower().endswith(("bpw", "bit", "bits")):
+            raise BadInput("a budget in bytes is the size, and an assignment has its own")
+        return dict.fromkeys(get_args(Component), float(read_budget(self.budget, 8000)) / 1000)
 
     @field_validator("formats")
     @classmethod

@@ -95,3 +95,12 @@ def test_what_cannot_be_is_refused_before_anything_changes(
         mixed(loaded, **settings)
     assert not loaded.packed
     assert all(torch.equal(p, before[name]) for name, p in loaded.model.named_parameters())
+
+
+def test_a_budget_in_bits_predicts_the_size_and_names_stay_short() -> None:
+    by_bits = Recipe.of("mixed_precision", budget="4.5bpw").steps[0].parsed()
+    assert set(by_bits.stored_bits(None).values()) == {4.5}
+    long = Recipe.of("mixed_precision", assignment=", ".join(f"{n}.o:int4" for n in range(99)))
+    with pytest.raises(BadInput):
+        long.steps[0].parsed().stored_bits(None)
+    assert len(long.label()) < 120
