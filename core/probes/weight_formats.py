@@ -140,7 +140,7 @@ def weight_formats(
             exactness_gap=None,
             exactness_check="none: rounding is exact by construction; the tests hold it to compressed-tensors, bit for bit",
         ),
-        notes=tuple(notes),
+        notes=(*notes, *loaded.notes),
     )  # fmt: skip
 
 

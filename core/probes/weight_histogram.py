@@ -5,6 +5,7 @@ Legend: ``R`` rows, ``C`` columns, ``V`` values of the format's grid.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,13 +19,14 @@ from core.numerics.clipping import clipped, grid_positions, zeroed
 from core.numerics.quantize import quantize
 from core.numerics.sizes import scheme_bits
 from core.probes._provenance import provenance
-from core.probes._weight_tensors import block_of_scheme, chosen_weight, schemes
+from core.probes._weight_tensors import Weight, block_of_scheme, chosen_weight, schemes
 from core.registry import Example, Settings, method
 from core.types import Cost, Metric, Progress, Prompt, Result, View
 
 if TYPE_CHECKING:
     from core.models.anatomy import Anatomy
     from core.models.loaded import LoadedModel
+    from core.numerics.schemes import Scheme
 
 BINS = 161
 COMMON = 256
@@ -98,21 +100,7 @@ def weight_histogram(
             f"blocks of {block} do not divide the rows of {weight.columns} of {weight.name}; choose a block that does, or row"
         )
     with loaded.lock, torch.inference_mode():
-        rows_RC = weight.rows(0)
-        packed = quantize(rows_RC, scheme)
-        rounded_RC = packed.dequantize().float()
-        cut, gone = (
-            float(clipped(rows_RC, packed).float().mean()),
-            float(zeroed(rows_RC, rounded_RC).float().mean()),
-        )
-        noise = float((rounded_RC - rows_RC).double().square().sum())
-        energy = float(rows_RC.double().square().sum())
-        before = grid_positions(rows_RC, packed).flatten()
-        after = grid_positions(rounded_RC, packed).flatten()
-        histogram, values = _histogram(before), _values(after)
-    sqnr = 10 * np.log10(energy / noise) if noise else float("inf")
-    entropy = _entropy(values["share"].to_numpy())
-    n = weight.parameters
+        histogram, values, metrics = _read(weight, scheme)
     where = weight.part if weight.layer is None else f"{weight.part} of layer {weight.layer}"
     views = [
         View(
@@ -136,14 +124,7 @@ def weight_histogram(
     return Result(
         frames={"main": histogram, "values": values},
         views=tuple(views),
-        metrics=(
-            Metric("sqnr", float(sqnr), "dB", "higher", n=n),
-            Metric("relative_error", float(np.sqrt(noise / energy)) if energy else 0.0, "share", "lower", n=n),
-            Metric("clipped", cut, "share", "lower", n=n),
-            Metric("zeroed", gone, "share", "lower", n=n),
-            Metric("bits_per_weight", scheme_bits((weight.n_rows, weight.columns), scheme), "bits", "lower", n=n),
-            Metric("entropy_of_the_codes", entropy, "bits", "neither", n=n),
-        ),
+        metrics=metrics,
         provenance=provenance(
             loaded,
             prompt,
@@ -156,8 +137,33 @@ def weight_histogram(
         ),
         notes=(
             "Entropy is what the codes carry: a lossless coder could store them in so many bits each, scales not counted.",
+            *loaded.notes,
         ),
     )  # fmt: skip
+
+
+def _read(weight: Weight, scheme: Scheme) -> tuple[pd.DataFrame, pd.DataFrame, tuple[Metric, ...]]:
+    """Where weights lie before and after rounding, and what was lost."""
+    rows_RC = weight.rows(0)
+    packed = quantize(rows_RC, scheme)
+    rounded_RC = packed.dequantize().float()
+    noise = float((rounded_RC - rows_RC).double().square().sum())
+    energy = float(rows_RC.double().square().sum())
+    values = _values(grid_positions(rounded_RC, packed).flatten())
+    shares = {
+        "relative_error": (noise / energy) ** 0.5 if energy else 0.0,
+        "clipped": float(clipped(rows_RC, packed).float().mean()),
+        "zeroed": float(zeroed(rows_RC, rounded_RC).float().mean()),
+    }
+    n = weight.parameters
+    bits = scheme_bits((weight.n_rows, weight.columns), scheme)
+    metrics = (
+        Metric("sqnr", 10 * math.log10(energy / noise) if noise else math.inf, "dB", "higher", n=n),
+        *(Metric(name, value, "share", "lower", n=n) for name, value in shares.items()),
+        Metric("bits_per_weight", bits, "bits", "lower", n=n),
+        Metric("entropy_of_the_codes", _entropy(values["share"].to_numpy()), "bits", "neither", n=n),
+    )
+    return _histogram(grid_positions(rows_RC, packed).flatten()), values, metrics
 
 
 def _histogram(positions: Any) -> pd.DataFrame:
