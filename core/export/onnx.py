@@ -27,20 +27,29 @@ from core.types import Metric, Progress, Result
 
 FILE = "model.onnx"
 LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
-QUANTIZED = {"float32": (), "int8": ("MatMulInteger", "DynamicQuantizeMatMul"), "int4": ("MatMulNBits",)}
+QUANTIZED = {
+    "float32": (),
+    "int8": ("MatMulInteger", "DynamicQuantizeMatMul"),
+    "int8_blocks": ("MatMulNBits",),
+    "int4": ("MatMulNBits",),
+}
 """Operators whose presence shows that a graph really is quantized."""
+
+
+MUCH = 0.15
+"""Share of an output's root mean square that is lost, from which on a reader is told what to choose instead."""
 
 
 class OnnxSettings(Settings):
     """How the graph's weights are stored."""
 
-    weights: Literal["float32", "int8", "int4"] = Field(
+    weights: Literal["float32", "int8", "int8_blocks", "int4"] = Field(
         default="int8",
         description="float32: the model as it is; int8: per output channel, activations rounded to 8 bits as they come; "
-        "int4: blocks of 4-bit weights (MatMulNBits), activations untouched",
+        "int8_blocks and int4: blocks of 8- or 4-bit weights (MatMulNBits), activations untouched",
     )
     block_size: Literal["32", "64", "128"] = Field(
-        default="32", description="int4: consecutive weights of an output that share a scale"
+        default="32", description="int8_blocks and int4: consecutive weights of an output that share a scale"
     )
     seven_bits: bool = Field(
         default=False,
@@ -48,7 +57,7 @@ class OnnxSettings(Settings):
         "overflow there",
     )
     embedding: Literal["int8", "float32"] = Field(
-        default="int8", description="int8 and int4: the token table, as one scale per row or as it is"
+        default="int8", description="All but float32: the token table, as one scale per row or as it is"
     )
 
 
@@ -62,7 +71,8 @@ def run(loaded: LoadedModel, folder: Path, progress: Progress, settings: OnnxSet
 
     transformers' own exporter traces the model with rows and tokens left open. For int8, ONNX Runtime's dynamic
     quantization stores every matrix product's weights as int8 with a scale per output channel and rounds activations
-    while running (MatMulInteger); int4 stores blocks of weights (MatMulNBits) and keeps activations in float32. The
+    while running (MatMulInteger), all of a product's with one scale: a model with a few large activations loses much.
+    int8_blocks and int4 store blocks of weights (MatMulNBits) and leave activations in float32. The
     token table becomes int8 with a scale per row. The operators are counted, and a graph that has none of those it was
     asked for is refused.
     """
@@ -101,6 +111,7 @@ def run(loaded: LoadedModel, folder: Path, progress: Progress, settings: OnnxSet
         ),
         notes=(
             _product_note(settings, operators, count, left),
+            _loss_note(settings, parity),
             CACHELESS if loaded.family == "decoder" else "",
             _tied_note(loaded, settings),
         ),
@@ -135,7 +146,10 @@ def _write(program: Any, scratch: Path, folder: Path, settings: OnnxSettings) ->
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     quantizer = MatMulNBitsQuantizer(
-        onnx.load(str(plain)), bits=4, block_size=int(settings.block_size), is_symmetric=False
+        onnx.load(str(plain)),
+        bits=4 if settings.weights == "int4" else 8,
+        block_size=int(settings.block_size),
+        is_symmetric=False,
     )
     quantizer.process()
     quantizer.model.save_model_to_file(str(folder / FILE), use_external_data_format=True)
@@ -235,6 +249,17 @@ def _product_note(settings: OnnxSettings, operators: Counter[str], count: int, l
         return ""
     kind = next(name for name in QUANTIZED[settings.weights] if operators[name])
     return f"{count} matrix products are {kind}, {left} multiply in float32 (both sides change, as in attention)."
+
+
+def _loss_note(settings: OnnxSettings, parity: Parity) -> str:
+    """Said where rounding activations costs this model much, with the setting that does not."""
+    worst = float(parity.frame["relative_rms"].max())
+    if settings.weights != "int8" or worst < MUCH:
+        return ""
+    return (
+        f"Its outputs are off by {worst:.0%} of their root mean square: a product's activations share one 8-bit scale, and "
+        "this model has some that are far larger than the rest. weights=int8_blocks leaves activations alone."
+    )
 
 
 def _tied_note(loaded: LoadedModel, settings: OnnxSettings) -> str:
