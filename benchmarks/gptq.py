@@ -57,21 +57,21 @@ def main() -> None:
     if options.one:
         print(json.dumps(measured(options.one, options)))
         return
-    names = ["ours", "textbook", *(["textbook, prefix"] if options.prefix else [])]
-    rows = {name: in_fresh_process(name) for name in names}
-    print(
-        f"{options.model}, {options.bits} bits, {options.samples} × {options.sample_tokens} tokens, {options.threads} threads\n"
-    )
+    names = ["textbook", "ours", *(["textbook, prefix"] if options.prefix else [])]
+    size = f"{options.samples} × {options.sample_tokens} tokens"
+    print(f"{options.model}, {options.bits} bits, {size}, {options.threads} threads\n")
     print("| implementation | wall s | of textbook's | processor s | of textbook's | peak MB | layer loss |")
-    print("|---|---|---|---|---|---|---|")
-    for name, row in rows.items():
-        of = [row[key] / rows["textbook"][key] for key in ("wall_s", "cpu_s")]
-        print(
-            f"| {name} | {row['wall_s']:.1f} | {of[0]:.2f} | {row['cpu_s']:.1f} | {of[1]:.2f} | {row['peak_mb']:.0f} | {row['loss']:.4g} |"
+    print("|---|---|---|---|---|---|---|", flush=True)
+    rows: dict[str, dict[str, Any]] = {}
+    for name in names:
+        row = rows[name] = in_fresh_process(name)
+        wall, cpu = (
+            f"{row[key]:.1f} | {row[key] / rows['textbook'][key]:.2f}" for key in ("wall_s", "cpu_s")
         )
-    base_mb, open_mb = rows["ours"]["base_mb"], rows["ours"]["open_mb"]
+        print(f"| {name} | {wall} | {cpu} | {row['peak_mb']:.0f} | {row['loss']:.4g} |", flush=True)
     print(
-        f"\nThe model's weights are {base_mb:.0f} MB in float32; with everything opened the process holds {open_mb:.0f} MB."
+        f"\nThe model's weights are {row['base_mb']:.0f} MB in float32; a process that has only opened it peaked at "
+        f"{row['open_mb']:.0f} MB."
     )
 
 
