@@ -86,7 +86,7 @@ def run(
     shift V of every value (half a step at most) and two shares α, β of every group's range. Each moves by
     ``1 / iterations``, falling to 0, against the sign of its gradient. Loss on all windows is measured at the start,
     which is rounding to nearest, and on the way; the best state is kept, so that no block is worse than round-to-nearest
-    there. The dearest method, and the best at 2 and 3 bits. Embedding and head are rounded to nearest.
+    there. The dearest of these methods, meant for 2 and 3 bits. Embedding and head are rounded to nearest.
     """
     assert calibration is not None, "the registry's `needs` bring calibration text"
     started = time.monotonic()
