@@ -68,37 +68,47 @@ def take(text: str) -> None:
     _publish(_taken(current(), text[:LONGEST]), text[:LONGEST])
 
 
-def add(method: str) -> None:
+def add(method: str, *, version: int) -> None:
     """Append a step with its defaults and open its form; from a callback."""
-    draft = current()
-    _changed(draft, (*draft.steps, *Recipe.of(method).steps), len(draft.steps))
+    if draft := _as_drawn(version):
+        _changed(draft, (*draft.steps, *Recipe.of(method).steps), len(draft.steps))
 
 
-def duplicate(at: int) -> None:
+def duplicate(at: int, *, version: int) -> None:
     """Put a copy of a step after it; from a callback."""
-    steps = current().steps
-    _changed(current(), (*steps[: at + 1], *steps[at:]), at + 1)
+    if draft := _as_drawn(version):
+        _changed(draft, (*draft.steps[: at + 1], *draft.steps[at:]), at + 1)
 
 
-def remove(at: int) -> None:
+def remove(at: int, *, version: int) -> None:
     """Take a step out, unless it is the only one; from a callback."""
-    steps = current().steps
-    if len(steps) > 1:
-        _changed(current(), (*steps[:at], *steps[at + 1 :]), min(at, len(steps) - 2))
+    draft = _as_drawn(version)
+    if draft is not None and len(draft.steps) > 1:
+        _changed(draft, (*draft.steps[:at], *draft.steps[at + 1 :]), min(at, len(draft.steps) - 2))
 
 
-def move(at: int, to: int) -> None:
+def move(at: int, to: int, *, version: int) -> None:
     """Take a step to another place; places that are not there change nothing. From a callback."""
-    steps = list(current().steps)
-    if 0 <= at < len(steps) and 0 <= to < len(steps) and at != to:
+    draft = _as_drawn(version)
+    if draft is not None and at != to and {at, to} <= set(range(len(draft.steps))):
+        steps = list(draft.steps)
         steps.insert(to, steps.pop(at))
-        _changed(current(), tuple(steps), to)
+        _changed(draft, tuple(steps), to)
+
+
+def _as_drawn(version: int) -> Draft | None:
+    """The draft, if it is the one whose buttons were drawn.
+
+    A run that another one interrupts is given its click again, and so may be its callback: what was done is not done twice.
+    """
+    draft = current()
+    return draft if draft.version == version else None
 
 
 def choose(at: int) -> None:
     """Open the form of a step; from a callback."""
     draft = current()
-    if 0 <= at < len(draft.steps):
+    if at != draft.chosen and 0 <= at < len(draft.steps):
         st.session_state[_KEY] = replace(draft, chosen=at, version=draft.version + 1)
 
 

@@ -97,8 +97,8 @@ def _harm(variant: Row) -> str:
     if low > 0:
         now, was, kindest = _perplexities(variant, low)
         word = "broken" if now / kindest >= RUIN else "worse"
-        if word == "worse" and _ends(variant, "kl")[1] <= QUALITY_TOLERANCE["kl"]:
-            return ""  # every rounding costs a little; this is within what the page calls close
+        if word == "worse" and _ends(variant, "kl")[0] <= QUALITY_TOLERANCE["kl"]:
+            return ""  # every rounding costs a little; this may well be within what the page calls close
         more = _value(variant, "delta_bits_per_byte")
         perplexity = f"perplexity {_number(now)} against {_number(was)} on the same text, "
         return f"{word}: {perplexity if now > 0 else ''}{more:+.3g} bits per byte {_interval(variant, 'delta_bits_per_byte')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import streamlit as st
 
@@ -64,7 +65,8 @@ def _as_steps(draft: Draft, model: str, card: ModelCard | None) -> Recipe | None
             key="steps",
             selected=draft.chosen,
             on_pick=drafts.choose,
-            on_move=drafts.move,
+            on_move=partial(drafts.move, version=draft.version),
+            version=draft.version,
         )
         step_picker(offers, version=draft.version)
         if wrong := clash(draft.recipe):
@@ -81,26 +83,25 @@ def _form(draft: Draft) -> Step | None:
     with st.container(horizontal=True, vertical_alignment="center", gap="xsmall"):
         st.markdown(f"**{esc(method.title)}**", width="stretch")
         last = len(draft.steps) - 1
-        _action("arrow_upward", "Move up", at > 0, drafts.move, at, at - 1)
-        _action("arrow_downward", "Move down", at < last, drafts.move, at, at + 1)
-        _action("content_copy", "Duplicate", True, drafts.duplicate, at)
-        _action("delete", "Remove", last > 0, drafts.remove, at)
+        for icon, name, possible, act, *where in (
+            ("arrow_upward", "Up", at > 0, drafts.move, at, at - 1),
+            ("arrow_downward", "Down", at < last, drafts.move, at, at + 1),
+            ("content_copy", "Duplicate", True, drafts.duplicate, at),
+            ("delete", "Remove", last > 0, drafts.remove, at),
+        ):
+            st.button(
+                name,
+                icon=f":material/{icon}:",
+                type="tertiary",
+                disabled=not possible,
+                key=f"step_{name.lower()}_{draft.version}",
+                on_click=act,
+                args=where,
+                kwargs={"version": draft.version},
+            )
     st.caption(esc(method.summary))
     settings = settings_form(method, prefix=f"step{draft.version}", start=step.settings, bind=False)
     return None if settings is None else Step(method=step.method, settings=settings.model_dump(mode="json"))
-
-
-def _action(icon: str, name: str, possible: bool, act: object, *args: int) -> None:
-    st.button(
-        "",
-        icon=f":material/{icon}:",
-        type="tertiary",
-        help=name,
-        disabled=not possible,
-        key=f"step_{name.lower().replace(' ', '_')}",
-        on_click=act,  # type: ignore[arg-type]
-        args=args,
-    )
 
 
 def _calibration(draft: Draft, *, may_check: bool) -> str:

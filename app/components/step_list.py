@@ -61,7 +61,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   const last = s.rows.length - 1;
   const move = (from, to) => {
     if (to < 0 || to > last || to === from) return;
-    s.focus = to; setTriggerValue("move", [from, to]);
+    s.focus = to; setTriggerValue("move", [from, to, data.version]);
   };
   const clear = () => s.rows.forEach((row) => row.classList.remove("above", "below", "dragged"));
   // Where a row dropped at this height of another ends up, once it has been taken out of the list.
@@ -107,8 +107,12 @@ def step_list(
     selected: int,
     on_pick: Callable[[int], None],
     on_move: Callable[[int, int], None],
+    version: int,
 ) -> None:
-    """Draw steps as (title, detail); ``on_pick`` is called with the index of one, ``on_move`` with from and to."""
+    """Draw steps as (title, detail); ``on_pick`` is called with the index of one, ``on_move`` with from and to.
+
+    A move that was made in another ``version`` of the list is not reported.
+    """
 
     def picked() -> None:
         index = (st.session_state.get(key) or {}).get("pick")
@@ -117,14 +121,17 @@ def step_list(
 
     def moved() -> None:
         ends = (st.session_state.get(key) or {}).get("move")
-        if isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int) for end in ends):
-            on_move(*ends)
+        if isinstance(ends, list) and len(ends) == 3 and all(isinstance(end, int) for end in ends):
+            at, to, drawn = ends
+            if drawn == version:
+                on_move(at, to)
 
     _mount(
         key=key,
         data={
             "steps": list(map(list, steps)),
             "selected": selected,
+            "version": version,
             "label": "Steps of the recipe, in order",
         },
         on_pick_change=picked,

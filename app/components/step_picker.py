@@ -26,18 +26,19 @@ def step_picker(offers: frozenset[Need] | None, *, version: int) -> None:
             label_visibility="collapsed",
         )
         for method in titles.get(chosen, ()):
-            _offer(method)
+            _offer(method, version)
 
 
-def _offer(method: Method) -> None:
+def _offer(method: Method, version: int) -> None:
     with st.container(gap=None):
         st.button(
             esc(method.title),
             icon=":material/add:",
             type="tertiary",
-            key=f"add_{method.id}",
+            key=f"add_{method.id}_{version}",
             on_click=drafts.add,
             args=(method.id,),
+            kwargs={"version": version},
         )
         reads = " Reads calibration text." if "calibration" in method.needs else ""
         st.caption(esc(method.summary + reads))

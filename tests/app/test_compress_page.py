@@ -86,17 +86,17 @@ def steps(app) -> list[str]:
 
 def test_steps_are_added_ordered_duplicated_and_removed_without_dragging(queue, model):
     app = open_page("compress", model=model)
-    assert app.button(key="step_remove").disabled, "the only step stays"
-    app.button(key="add_cast").click().run()
+    assert app.button(key="step_remove_0").disabled, "the only step stays"
+    app.button(key="add_cast_0").click().run()
     assert steps(app) == ["rtn", "cast"]
     assert any("will be refused" in text.value for text in app.markdown), "a cast after a quantizing step"
-    app.button(key="step_move_up").click().run()
+    app.button(key="step_up_1").click().run()
     assert steps(app) == ["cast", "rtn"]
     assert not any("will be refused" in text.value for text in app.markdown)
-    assert app.button(key="step_move_up").disabled
-    app.button(key="step_duplicate").click().run()
+    assert app.button(key="step_up_2").disabled
+    app.button(key="step_duplicate_2").click().run()
     assert steps(app) == ["cast", "cast", "rtn"]
-    app.button(key="step_remove").click().run()
+    app.button(key="step_remove_3").click().run()
     app.button(key="make_own").click().run()
     checked(app)
     assert [s["method"] for s in oldest_first(queue)[0].spec["recipe"]["steps"]] == ["cast", "rtn"]

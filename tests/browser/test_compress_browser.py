@@ -32,7 +32,7 @@ def test_two_steps_are_ordered_by_keyboard_and_by_dragging_and_are_a_link(page, 
     rows.first.drag_to(rows.nth(1), target_position={"x": box["width"] / 2, "y": box["height"] - 3})
     expect(rows.first).to_contain_text("Round to nearest")
     page.wait_for_url(re.compile("recipe=.*rtn.*cast"))
-    page.locator(".st-key-step_move_up button").click()
+    page.get_by_role("button", name="Up", exact=True).click()
     expect(rows.first).to_contain_text("Cast to 16 bits")
     page.wait_for_url(re.compile("recipe=.*cast.*rtn"))
     page.reload()
