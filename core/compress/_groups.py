@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from core.compress._formats import Format, is_plain
+from core.compress._formats import Format
 from core.compress._grid import rounded
 from core.compress._layout import file_entries
 from core.compress._targets import Target, targets
@@ -86,11 +86,11 @@ def _kind(loaded: LoadedModel, target: Target) -> Kind:
 
 
 def fits(group: WeightGroup, format_: Format, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a group can take a format at all: its rows divide, experts have no zero points, fused ones no scales."""
-    if not isinstance(format_, IntegerScheme):
-        return is_plain(format_) or group.kind != "fused"
+    """Whether a group can take a format at all: its rows divide, experts have no zero points, fused ones are kept."""
     if group.kind == "fused":
-        return False
+        return format_ is None
+    if not isinstance(format_, IntegerScheme):
+        return True
     if group.kind == "experts" and not format_.symmetric:
         return False
     size = format_.group_size

@@ -42,7 +42,7 @@ def every_allocation(menu: Menu) -> list[tuple[int, float]]:
     return found
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(menus(), st.floats(0, 1))
 def test_the_allocation_equals_brute_force(menu: Menu, share: float) -> None:
     possible = every_allocation(menu)
@@ -56,7 +56,7 @@ def test_the_allocation_equals_brute_force(menu: Menu, share: float) -> None:
     assert list(found.choice_of) == list(menu.groups)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(menus(), st.lists(st.floats(0, 1), min_size=2, max_size=4))
 def test_a_larger_budget_is_never_worse(menu: Menu, shares: list[float]) -> None:
     spread = int(menu.bytes_GC.max(1).sum()) + menu.fixed_bytes - menu.minimum
@@ -64,16 +64,17 @@ def test_a_larger_budget_is_never_worse(menu: Menu, shares: list[float]) -> None
     assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(losses))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(menus())
 def test_the_frontier_is_the_hull_of_all_allocations(menu: Menu) -> None:
     hull, possible = frontier(menu), every_allocation(menu)
+    rounding = 1e-12 * float(np.nansum(menu.loss_GC))  # the hull is summed from steps, the largest loss first
     for nbytes, loss in zip(hull.bytes_N, hull.loss_N, strict=True):
         best = min(other for size, other in possible if size <= nbytes)
-        assert loss == pytest.approx(best, rel=1e-9)
+        assert loss == pytest.approx(best, rel=1e-9, abs=rounding)
     for nbytes, loss in possible:
         under = np.interp(nbytes, hull.bytes_N, hull.loss_N)
-        assert loss >= under * (1 - 1e-9)
+        assert loss >= under * (1 - 1e-9) - rounding
 
 
 def test_a_budget_below_the_minimum_says_the_minimum() -> None:
