@@ -3,9 +3,10 @@
 How the zeros are chosen is each method's own.
 
 Nothing that is installed stores such zeros smaller so that plain ``AutoModel`` could read it: compressed-tensors 0.20
-has no sparse compressor any more (``sparse-bitmask`` and ``sparse-24-bitmask`` are left as names only, and its model
-compressor writes an empty ``sparsity_config``), torchao 0.18's 2:4 layout is a float8 kernel of one accelerator, and
-safetensors stores dense tensors. So files keep their size, and what is told beside it is what a zip of them would weigh.
+has no sparse compressor any more (``sparse-bitmask`` and ``sparse-24-bitmask`` are names in its config only, and its
+model compressor writes an empty ``sparsity_config``); torchao 0.18 makes 2:4 tensors in memory, but none of the tensor
+classes that it writes to safetensors is sparse. So files keep their size, and what is told beside it is what a zip of
+them would weigh.
 """
 
 from __future__ import annotations

@@ -96,9 +96,17 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: DropLayersSettings) -> Cost
 
 
 def _left(anatomy: Anatomy, settings: DropLayersSettings) -> Mapping[str, float]:
-    gone = len(_listed(anatomy, settings)) if settings.criterion == "listed" else settings.count
-    share = 1 - gone / anatomy.n_layers
-    return dict.fromkeys(("attention", "mlp", "router", "experts", "shared_expert", "norm"), share)
+    """Exact where the blocks are named or all alike; else which kind of block goes is not known beforehand."""
+    n = anatomy.n_layers
+    named = _listed(anatomy, settings) if settings.criterion == "listed" else None
+    share = 1 - (settings.count if named is None else len(named)) / n
+    left = dict.fromkeys(("attention", "mlp", "router", "experts", "shared_expert", "norm"), share)
+    if named is not None:
+        for is_moe, components in ((True, ("router", "experts", "shared_expert")), (False, ("mlp",))):
+            of_kind = [block.index for block in anatomy.blocks if block.is_moe == is_moe]
+            kept = sum(layer not in named for layer in of_kind)
+            left |= dict.fromkeys(components, kept / len(of_kind) if of_kind else 1.0)
+    return left
 
 
 @method(

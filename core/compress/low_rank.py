@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -106,22 +106,17 @@ def run(
         )
         model, gap = _narrower(loaded, config, wide, rank)
     loaded.become(model)
-    rows = [
-        {"layer": layer, "head": head, "error": error}
-        for layer, of_heads in enumerate(errors)
-        for head, error in enumerate(of_heads)
-    ]
-    mean = sum(row["error"] for row in rows) / len(rows)
+    heads = _heads(errors)
     return structural_result(
         before,
         loaded,
         settings,
         method="low_rank",
-        frames={"heads": pd.DataFrame(rows)},
+        frames={"heads": heads},
         views=_VIEWS,
         metrics=[
             Metric("value_dimensions", rank, "per head"),
-            Metric("head_output_error", mean, "", "lower", n=len(rows)),
+            Metric("head_output_error", float(heads["error"].mean()), "", "lower", n=len(heads)),
         ],
         notes=[
             f"Every head keeps {rank} of {wide} value dimensions.",
@@ -131,6 +126,17 @@ def run(
         conditions={"calibration": calibration.name, "calibration_tokens": windows_BP.numel()},
         exactness_gap=gap,
         exactness_check="output against the same model with the removed dimensions at zero, largest relative difference",
+    )
+
+
+def _heads(errors: Sequence[Sequence[float]]) -> pd.DataFrame:
+    """One line per head."""
+    return pd.DataFrame(
+        [
+            {"layer": layer, "head": head, "error": error}
+            for layer, of_heads in enumerate(errors)
+            for head, error in enumerate(of_heads)
+        ]
     )
 
 

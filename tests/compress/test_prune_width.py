@@ -101,7 +101,7 @@ def test_dimensions_that_nobody_writes_are_cut_for_free_once_norms_are_rescaled(
 @pytest.mark.parametrize(
     ("family", "part", "size"),
     [
-        ("mistral", "ffn", "d_ff"), ("opt", "ffn", "d_ff"), ("gpt_neox", "ffn", "d_ff"), ("gemma2", "ffn", "d_ff"),
+        ("opt", "ffn", "d_ff"), ("gpt_neox", "ffn", "d_ff"),
         ("vit", "ffn", "d_ff"), ("bert", "ffn", "d_ff"), ("gpt2", "ffn", "d_ff"), ("gemma2", "heads", "n_heads"),
         ("qwen3_moe", "kv_groups", "n_kv_heads"), ("qwen2", "kv_groups", "n_kv_heads"),
         ("granitemoe", "hidden", "d_model"), ("llama4", "heads", "n_heads"),
