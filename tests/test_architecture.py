@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "streamlit", "altair", "datasets", "compressed_tensors")
-METHOD_FOLDERS = ("core/probes", "core/train", "core/compress", "core/evaluate", "core/profile/runtimes")
+METHOD_FOLDERS = (
+    *("core/probes", "core/train", "core/compress", "core/evaluate", "core/profile/runtimes"),
+    "core/export",
+)
 
 
 def loaded_after(code: str) -> set[str]:

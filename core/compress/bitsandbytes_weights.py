@@ -24,7 +24,12 @@ class BitsAndBytesSettings(Settings):
     )
 
 
-@method("compress", title="bitsandbytes 0.50", group="quantize", paper="https://arxiv.org/abs/2305.14314")
+@method(
+    "compress",
+    title="NF4 or int8 by bitsandbytes 0.50",
+    group="quantize",
+    paper="https://arxiv.org/abs/2305.14314",
+)
 def run(
     loaded: LoadedModel, calibration: Documents | None, progress: Progress, settings: BitsAndBytesSettings
 ) -> Result:

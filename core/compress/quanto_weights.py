@@ -29,7 +29,7 @@ class QuantoSettings(Settings):
 
 @method(
     "compress",
-    title="optimum-quanto 0.2.7",
+    title="Weights by optimum-quanto 0.2.7",
     group="quantize",
     paper="https://github.com/huggingface/optimum-quanto",
 )

@@ -25,7 +25,7 @@ class TorchAoSettings(Settings):
     )
 
 
-@method("compress", title="torchao 0.18", group="quantize", paper="https://github.com/pytorch/ao")
+@method("compress", title="Int8 by torchao 0.18", group="quantize", paper="https://github.com/pytorch/ao")
 def run(
     loaded: LoadedModel, calibration: Documents | None, progress: Progress, settings: TorchAoSettings
 ) -> Result:
