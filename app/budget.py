@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from app import engine
 from app import format as fmt
 from app.charts import PADDING, SELECTED
+from core.budget.allocation import Allocation, OverBudget, frontier
+from core.budget.assignment import LOSS_OF, menu_of, written
+from core.budget.formats import KEEP
+from core.budget.planning import newest_sensitivity
+from core.budget.plans import Plan, Sensitivity, plans
 from core.catalog.queries import VariantDetail
-from core.compress._allocation import Allocation, OverBudget, frontier
-from core.compress._assignment import LOSS_OF, menu_of, written
-from core.compress._formats import KEEP
-from core.planner import Plan, Sensitivity, plans
-from core.planning import newest_sensitivity
 from core.types import Run
 
 NEUTRAL = "#8A93A6"
@@ -43,7 +43,7 @@ def newest(variant_id: str, revision: int) -> Run | None:
 def planned(
     run_id: str, budget: int, tolerance: str | None, pins: tuple[tuple[str, str], ...]
 ) -> tuple[Plan, ...]:
-    """Up to three plans. Raises ``BadInput`` as ``core.planner.plans`` does."""
+    """Up to three plans. Raises ``BadInput`` as ``core.budget.plans.plans`` does."""
     return plans(sensitivity(run_id), budget, tolerance=tolerance, pins=dict(pins))
 
 

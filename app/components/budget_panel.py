@@ -13,13 +13,13 @@ from app.components.heat_canvas import Cell
 from app.components.job_card import live_jobs
 from app.components.token_grid import token_grid
 from app.text import esc
-from core.compress._assignment import read_assignment
+from core.budget.assignment import read_assignment
+from core.budget.planning import PROBE
+from core.budget.plans import Plan, Sensitivity
 from core.errors import BadInput, SlimscopeError
 from core.jobs.plan import submit_probe
 from core.jobs.states import ACTIVE
 from core.models.sizes import ModelCard
-from core.planner import Plan, Sensitivity
-from core.planning import PROBE
 from core.recipe import Recipe
 from core.registry import get
 from core.types import ModelRef, Prompt

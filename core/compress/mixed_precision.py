@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Literal, get_args
 import pandas as pd
 from pydantic import Field, field_validator
 
-from core.compress._assignment import allocate_readable, read_assignment, read_budget, written
+from core.budget.assignment import allocate_readable, read_assignment, read_budget, written
+from core.budget.formats import EXAMPLES, KEEP, Format, read_formats
+from core.budget.groups import FileSizes, WeightGroup, weight_groups
+from core.budget.reruns import INTERVAL, Reruns, equal_windows
+from core.budget.sensitivity import gradients_of, table
+from core.budget.spending import schemes_of, store_by_gptq, store_in_stages
 from core.compress._description import refuse_mixture
-from core.compress._formats import EXAMPLES, KEEP, Format, read_formats
 from core.compress._grid import refuse_packed
-from core.compress._groups import FileSizes, WeightGroup, weight_groups
 from core.compress._report import VIEWS, headline, untouched_note
 from core.compress._report import table as report
-from core.compress._rerun import INTERVAL, Reruns, equal_windows
-from core.compress._sensitivity import gradients_of, table
-from core.compress._spending import schemes_of, store_by_gptq, store_in_stages
 from core.compress._walk import calibration_windows, walk_cost
 from core.errors import BadInput, CannotCompress
 from core.models.fp32_path import fast_fp32

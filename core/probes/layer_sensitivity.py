@@ -2,7 +2,7 @@
 
 Legend: W windows, P positions.
 
-The table is what a byte budget is spent by (``core.compress._allocation``); it is computed once and kept.
+The table is what a byte budget is spent by (``core.budget.allocation``); it is computed once and kept.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Literal
 import pandas as pd
 from pydantic import Field, field_validator
 
-from core.compress._formats import EXAMPLES, KEEP, read_formats
-from core.compress._groups import FileSizes, weight_groups
-from core.compress._rerun import INTERVAL, Reruns, bytes_per_token, equal_windows
-from core.compress._sensitivity import drops, gradients_of, rank_correlation, table, together
+from core.budget.formats import EXAMPLES, KEEP, read_formats
+from core.budget.groups import FileSizes, weight_groups
+from core.budget.reruns import INTERVAL, Reruns, bytes_per_token, equal_windows
+from core.budget.sensitivity import drops, gradients_of, rank_correlation, table, together
 from core.evaluate._intervals import MIN_DOCUMENTS
 from core.lazy import torch
 from core.models.fp32_path import fast_fp32

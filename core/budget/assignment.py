@@ -1,6 +1,6 @@
 """Between a table of sensitivities, an allocation, and its text: what a page's slider, a recipe and a step share.
 
-Torch-free. A table has one row per group and format (``core.compress._sensitivity.table``); an assignment is written
+Torch-free. A table has one row per group and format (``core.budget.sensitivity.table``); an assignment is written
 ``0.qkv:int4g32, 0.o:int8, …``, so that what was seen on a slider is made again exactly.
 """
 
@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from core.compress._allocation import Allocation, Menu, allocate, frontier
-from core.compress._formats import is_plain, is_symmetric, read_format
+from core.budget.allocation import Allocation, Menu, allocate, frontier
+from core.budget.formats import is_plain, is_symmetric, read_format
 from core.errors import BadInput
 
 Score = Literal["exact", "fisher"]

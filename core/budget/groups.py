@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from core.compress._formats import Format
+from core.budget.formats import Format
 from core.compress._grid import rounded
 from core.compress._layout import file_entries
 from core.compress._targets import Target, targets

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from core.planner import Plan, Sensitivity, plans
+from core.budget.plans import Plan, Sensitivity, plans
 from core.registry import get
 from core.types import Progress, Prompt, Run, silent
 
@@ -58,8 +58,8 @@ def plan_model(
     Raises ``BadInput`` for a budget, tolerance or settings that cannot be, and for a budget below the minimum.
     """
     from core.bench import probe_model
+    from core.budget.assignment import read_budget
     from core.catalog.results import result_of
-    from core.compress._assignment import read_budget
     from core.loop import register
 
     probe = get("probe", PROBE)

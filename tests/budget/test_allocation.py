@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.compress._allocation import Menu, OverBudget, allocate, frontier
+from core.budget.allocation import Menu, OverBudget, allocate, frontier
 from core.errors import BadInput
 
 

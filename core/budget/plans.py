@@ -14,9 +14,9 @@ from typing import Literal
 
 import pandas as pd
 
-from core.compress._allocation import Allocation, OverBudget
-from core.compress._assignment import Score, allocate_readable, read_tolerance, written
-from core.compress._formats import KEEP
+from core.budget.allocation import Allocation, OverBudget
+from core.budget.assignment import Score, allocate_readable, read_tolerance, written
+from core.budget.formats import KEEP
 from core.errors import BadInput
 from core.recipe import Recipe
 from core.types import Result
@@ -32,7 +32,7 @@ class Sensitivity:
     """What plans are made from; of a result of the probe ``layer_sensitivity``."""
 
     cells: pd.DataFrame
-    """One row per group and format; see ``core.compress._sensitivity.table``."""
+    """One row per group and format; see ``core.budget.sensitivity.table``."""
     drops: pd.DataFrame
     """One row per layer: the loss without it."""
     fixed_bytes: int

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from core.compress._formats import Format
-from core.compress._groups import FileSizes, WeightGroup, fits, in_format
-from core.compress._rerun import Reruns, output_of
+from core.budget.formats import Format
+from core.budget.groups import FileSizes, WeightGroup, fits, in_format
+from core.budget.reruns import Reruns, output_of
 from core.compress._router_descent import leave_inference_mode, trainable
 from core.lazy import torch
 from core.probes._gradients import differentiable

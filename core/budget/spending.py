@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from core.compress._assignment import LOSS_OF, Score
-from core.compress._formats import KEEP, read_format
+from core.budget.assignment import LOSS_OF, Score
+from core.budget.formats import KEEP, read_format
+from core.budget.groups import WeightGroup, in_format
+from core.budget.reruns import Reruns
 from core.compress._gptq_stack import GptqOptions
 from core.compress._gptq_step import quantize_blocks
 from core.compress._grid import put
-from core.compress._groups import WeightGroup, in_format
-from core.compress._rerun import Reruns
 from core.compress._targets import targets
 from core.lazy import torch
 from core.models.loaded import LoadedModel

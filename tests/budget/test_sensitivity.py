@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from core.compress._formats import read_formats
-from core.compress._groups import FileSizes, fits, weight_groups
+from core.budget.formats import read_formats
+from core.budget.groups import FileSizes, fits, weight_groups
+from core.budget.reruns import Reruns, equal_windows
+from core.budget.sensitivity import changed, fisher_score, gradients_of, rank_correlation, table
 from core.compress._layout import file_entries
-from core.compress._rerun import Reruns, equal_windows
-from core.compress._sensitivity import changed, fisher_score, gradients_of, rank_correlation, table
 from core.errors import BadInput
 from core.numerics.sizes import file_bytes
 from core.types import Documents, silent

@@ -7,15 +7,15 @@ import math
 import pandas as pd
 import pytest
 
-from core.compress._allocation import OverBudget
-from core.compress._assignment import (
+from core.budget.allocation import OverBudget
+from core.budget.assignment import (
     allocate_readable,
     read_assignment,
     read_budget,
     read_tolerance,
     written,
 )
-from core.compress._formats import read_format, read_formats
+from core.budget.formats import read_format, read_formats
 from core.errors import BadInput
 from core.numerics.schemes import FloatScheme, IntegerScheme
 
