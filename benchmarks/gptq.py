@@ -26,15 +26,15 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from core.compress._gptq_stack import GptqOptions
-from core.compress._gptq_step import quantize_blocks
-from core.compress._grid import GridSettings, assign
-from core.compress._walk import calibration_windows
+from core.calibrate.walk import calibration_windows
 from core.lazy import torch
 from core.models.loaded import LoadedModel
 from core.models.open import open_model
 from core.numerics.integer import code_range, quantize
 from core.numerics.schemes import IntegerScheme
+from core.quantize.blocks import quantize_blocks
+from core.quantize.grid import GridSettings, assign
+from core.quantize.stacks import GptqOptions
 from core.text.documents import load_documents
 from core.types import ModelRef, silent
 

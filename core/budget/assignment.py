@@ -46,7 +46,7 @@ def menu_of(cells: pd.DataFrame, *, fixed_bytes: int, score: Score) -> Menu:
 
 
 def readable(menu: Menu, kind_of: Mapping[str, str]) -> list[NDArray[np.bool_]]:
-    """The kinds of file that plain transformers reads (``core.compress._description``), as masks [G, C].
+    """The kinds of file that plain transformers reads (``core.saving.description``), as masks [G, C].
 
     Read layer by layer: each linear layer its own symmetric format, tables plain. Read while loading: one format for all
     matrices and tables, which may have zero points. Experts share one format either way; what is plain fits anywhere.

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from core.budget.formats import Format
-from core.compress._grid import rounded
-from core.compress._layout import file_entries
-from core.compress._targets import Target, targets
 from core.errors import CannotCompress
 from core.lazy import torch
 from core.models.anatomy import Anatomy
 from core.models.loaded import LoadedModel
+from core.models.targets import Target, targets
 from core.numerics.packed import PackedTensor
 from core.numerics.schemes import IntegerScheme
 from core.numerics.sizes import DTYPE_NAMES, Entry, entries_of, file_bytes
+from core.quantize.grid import rounded
+from core.saving.layout import file_entries
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,13 +13,13 @@ from core.budget.assignment import LOSS_OF, Score
 from core.budget.formats import KEEP, read_format
 from core.budget.groups import WeightGroup, in_format
 from core.budget.reruns import Reruns
-from core.compress._gptq_stack import GptqOptions
-from core.compress._gptq_step import quantize_blocks
-from core.compress._grid import put
-from core.compress._targets import targets
 from core.lazy import torch
 from core.models.loaded import LoadedModel
+from core.models.targets import targets
 from core.numerics.schemes import Scheme
+from core.quantize.blocks import quantize_blocks
+from core.quantize.grid import put
+from core.quantize.stacks import GptqOptions
 from core.types import Progress
 
 if TYPE_CHECKING:

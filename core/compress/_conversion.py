@@ -9,10 +9,10 @@ from typing import Any, Self
 import pandas as pd
 from pydantic import model_validator
 
-from core.compress._structure import Inventory, structural_result
 from core.models.loaded import LoadedModel
 from core.models.sizes import active_parameters
 from core.registry import Settings
+from core.reshape.structure import Inventory, structural_result
 from core.types import Documents, Metric, Result, View
 
 

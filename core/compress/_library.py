@@ -13,17 +13,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.compress._fresh_load import flat
-from core.compress._proof import auto_class
-from core.compress._report import VIEWS, Error, headline, row, table, untouched_note
-from core.compress._targets import targets
 from core.errors import CannotCompress
 from core.lazy import torch, transformers
 from core.models.library import LibraryForm
 from core.models.loaded import LoadedModel
 from core.models.quantized import densify
 from core.models.quiet import quiet
+from core.models.targets import targets
 from core.registry import Settings
+from core.saving.fresh_load import flat
+from core.saving.proof import auto_class
+from core.saving.report import VIEWS, Error, headline, row, table, untouched_note
 from core.types import Progress, Provenance, Result
 
 if TYPE_CHECKING:

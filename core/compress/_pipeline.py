@@ -9,11 +9,6 @@ from typing import Any
 
 import pandas as pd
 
-from core.compress._description import settle
-from core.compress._proof import Proof, expect, prove
-from core.compress._report import headline
-from core.compress._room import amount_told, refuse_without_room
-from core.compress._store import SavedFiles, add_to_provenance, save_variant
 from core.errors import CannotCompress, ProofFailed
 from core.lazy import torch, transformers
 from core.models.loaded import LoadedModel
@@ -21,6 +16,11 @@ from core.models.open import open_model
 from core.numerics.sizes import bits_per_weight
 from core.recipe import Recipe, Step
 from core.registry import get
+from core.saving.description import settle
+from core.saving.proof import Proof, expect, prove
+from core.saving.report import headline
+from core.saving.room import amount_told, refuse_without_room
+from core.saving.store import SavedFiles, add_to_provenance, save_variant
 from core.types import Documents, Metric, Progress, Result, View, part_of
 
 _ERROR = ["relative_error", "sqnr_db"]

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 from pydantic import Field
 
-from core.compress._awq_block import AwqBlock, AwqOptions, put_outside
-from core.compress._grid import GridSettings, assign, grid_notes
-from core.compress._report import VIEWS, headline, table, untouched_note
-from core.compress._targets import targets
-from core.compress._walk import Collected, walk, walk_cost
-from core.compress._windows import calibration_windows, shortage_note
+from core.calibrate.walk import Collected, walk, walk_cost
+from core.calibrate.windows import calibration_windows, shortage_note
 from core.lazy import torch
 from core.models.loaded import LoadedModel
+from core.models.targets import targets
+from core.quantize.awq_block import AwqBlock, AwqOptions, put_outside
+from core.quantize.grid import GridSettings, assign, grid_notes
 from core.registry import method
+from core.saving.report import VIEWS, headline, table, untouched_note
 from core.types import Cost, Documents, Metric, Progress, Provenance, Result, View
 
 if TYPE_CHECKING:

@@ -7,14 +7,14 @@ from typing import Literal, get_args
 
 from pydantic import Field
 
-from core.compress._report import VIEWS, Error, headline, row, table
-from core.compress._targets import Target, targets
 from core.errors import CannotCompress
 from core.lazy import torch
 from core.models.anatomy import Anatomy
 from core.models.loaded import LoadedModel
 from core.models.sizes import Component
+from core.models.targets import Target, targets
 from core.registry import Settings, method
+from core.saving.report import VIEWS, Error, headline, row, table
 from core.types import Documents, Progress, Provenance, Result
 
 

@@ -10,16 +10,16 @@ import pandas as pd
 from numpy.typing import NDArray
 from pydantic import Field
 
-from core.compress._depth import block_influence, greedy
-from core.compress._shallower import renumbered, without_blocks
-from core.compress._structure import Inventory, structural_result
-from core.compress._windows import calibration_windows, shortage_note
+from core.calibrate.windows import calibration_windows, shortage_note
 from core.errors import BadInput, CannotCompress
 from core.lazy import torch
 from core.models.fp32_path import fast_fp32
 from core.models.loaded import LoadedModel
 from core.probes._interval import half_width
 from core.registry import Settings, method
+from core.reshape.depth import block_influence, greedy
+from core.reshape.shallower import renumbered, without_blocks
+from core.reshape.structure import Inventory, structural_result
 from core.types import Cost, Documents, Metric, Progress, Result, View, part_of
 
 if TYPE_CHECKING:

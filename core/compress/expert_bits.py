@@ -11,17 +11,17 @@ import pandas as pd
 from numpy.typing import NDArray
 from pydantic import Field
 
-from core.compress._report import VIEWS, Error, headline, row, table, untouched_note
-from core.compress._targets import Target, targets
 from core.errors import CannotCompress
 from core.lazy import torch
 from core.models.loaded import LoadedModel
+from core.models.targets import Target, targets
 from core.numerics.integer import quantize
 from core.numerics.packed import PackedExperts, PackedTensor, narrow_rows
 from core.numerics.schemes import FloatScheme, IntegerScheme
 from core.registry import Settings, method
 from core.routing.aggregate import Aggregates, aggregate
 from core.routing.surgery import experts_of
+from core.saving.report import VIEWS, Error, headline, row, table, untouched_note
 from core.types import Documents, Metric, Progress, Provenance, Result, View, part_of
 
 if TYPE_CHECKING:

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from pydantic import Field
 
-from core.compress._gptq_stack import GPTQ, GptqOptions
-from core.compress._gptq_step import quantize_blocks
-from core.compress._grid import GridSettings, assign, grid_notes
-from core.compress._layout import refuse_fused_on_disk
-from core.compress._report import VIEWS, headline, table, untouched_note
-from core.compress._targets import targets
-from core.compress._walk import calibration_windows, walk_cost
-from core.compress._windows import shortage_note
+from core.calibrate.walk import calibration_windows, walk_cost
+from core.calibrate.windows import shortage_note
 from core.lazy import torch
 from core.models.loaded import LoadedModel
+from core.models.targets import targets
+from core.quantize.blocks import quantize_blocks
+from core.quantize.grid import GridSettings, assign, grid_notes
+from core.quantize.stacks import GPTQ, GptqOptions
 from core.registry import method
+from core.saving.layout import refuse_fused_on_disk
+from core.saving.report import VIEWS, headline, table, untouched_note
 from core.types import Cost, Documents, Metric, Progress, Provenance, Result, View
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ import time
 import pandas as pd
 from pydantic import Field
 
-from core.compress._report import Error, headline, row, table
 from core.compress._router_descent import Curve, descend, router_parameters
-from core.compress._targets import Target, targets
 from core.errors import CannotCompress
 from core.models.loaded import LoadedModel
+from core.models.targets import Target, targets
 from core.registry import Settings, method
+from core.saving.report import Error, headline, row, table
 from core.train._residuals import TextParts, cut_text
 from core.types import Documents, Metric, Progress, Provenance, Result, View
 

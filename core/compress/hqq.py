@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from pydantic import Field
 
-from core.compress._grid import GridSettings, assign, grid_notes, put, rounded
-from core.compress._grid_fit import Grid, clipped_grid, grouped, half_quadratic
-from core.compress._report import VIEWS, headline, table, untouched_note
-from core.compress._targets import Target, targets
 from core.models.loaded import LoadedModel
+from core.models.targets import Target, targets
 from core.numerics.packed import PackedTensor
 from core.numerics.schemes import IntegerScheme
+from core.quantize.grid import GridSettings, assign, grid_notes, put, rounded
+from core.quantize.grid_fit import Grid, clipped_grid, grouped, half_quadratic
 from core.registry import method
+from core.saving.report import VIEWS, headline, table, untouched_note
 from core.types import Documents, Metric, Progress, Provenance, Result, View
 
 if TYPE_CHECKING:

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from pydantic import Field
 
-from core.compress._grid import GridSettings, assign, grid_notes, put, rounded
-from core.compress._layout import refuse_fused_on_disk
-from core.compress._learned import Rounding
-from core.compress._report import VIEWS, headline, table, untouched_note
-from core.compress._targets import Target, targets
-from core.compress._walk import Collected, calibration_windows, walk, walk_cost
-from core.compress._windows import shortage_note
+from core.calibrate.walk import Collected, calibration_windows, walk, walk_cost
+from core.calibrate.windows import shortage_note
 from core.errors import CannotCompress, CannotMeasure
 from core.lazy import torch
 from core.models.loaded import LoadedModel
+from core.models.targets import Target, targets
 from core.numerics.schemes import IntegerScheme, Scheme
 from core.probes._gradients import differentiable, require_gradients
+from core.quantize.grid import GridSettings, assign, grid_notes, put, rounded
+from core.quantize.learned import Rounding
 from core.registry import method
+from core.saving.layout import refuse_fused_on_disk
+from core.saving.report import VIEWS, headline, table, untouched_note
 from core.types import Cost, Documents, Metric, Progress, Provenance, Result, View
 
 if TYPE_CHECKING:

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 from pydantic import Field
 
-from core.compress._matrices import Matrix, matrices
-from core.compress._rebuilt import built, edited_config, filled, probe_output, refuse_gap, sliced
-from core.compress._storable import storable
-from core.compress._structure import Inventory, structural_result
-from core.compress._value_rank import truncated
-from core.compress._walk import Collected, walk, walk_cost
-from core.compress._windows import calibration_windows, shortage_note
+from core.calibrate.matrices import Matrix, matrices
+from core.calibrate.walk import Collected, walk, walk_cost
+from core.calibrate.windows import calibration_windows, shortage_note
 from core.errors import BadInput, CannotCompress
 from core.lazy import torch
 from core.models.loaded import LoadedModel
 from core.registry import Settings, method
+from core.reshape.rebuilt import built, edited_config, filled, probe_output, refuse_gap, sliced
+from core.reshape.structure import Inventory, structural_result
+from core.reshape.value_rank import truncated
+from core.saving.storable import storable
 from core.types import Cost, Documents, Metric, Progress, Result, View, part_of
 
 if TYPE_CHECKING:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from core.compress._mask_step import MaskSettings, check, masked_result, matrix_line, recorded, whole
-from core.compress._matrices import Matrix, matrices
-from core.compress._sparsity import row_mask, threshold_masks
-from core.compress._zipped import zipped_bytes
+from core.calibrate.matrices import Matrix, matrices
 from core.lazy import torch
 from core.models.loaded import LoadedModel
 from core.registry import method
+from core.reshape.mask_step import MaskSettings, check, masked_result, matrix_line, recorded, whole
+from core.reshape.sparsity import row_mask, threshold_masks
+from core.reshape.zipped import zipped_bytes
 from core.types import Cost, Documents, Progress, Result
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import pandas as pd
 from pydantic import Field
 
 from core.compress._experts_left import kept_by_share, share_left
-from core.compress._structure import Inventory, structural_result
 from core.models.loaded import LoadedModel
 from core.registry import Settings, method
+from core.reshape.structure import Inventory, structural_result
 from core.routing.alignment import cheapest_order, neuron_activations, neuron_cost, reordered
 from core.routing.discover import MoeLayer
 from core.routing.kept import kept_record

@@ -16,15 +16,15 @@ from core.budget.groups import FileSizes, WeightGroup, weight_groups
 from core.budget.reruns import INTERVAL, Reruns, equal_windows
 from core.budget.sensitivity import gradients_of, table
 from core.budget.spending import schemes_of, store_by_gptq, store_in_stages
-from core.compress._description import refuse_mixture
-from core.compress._grid import refuse_packed
-from core.compress._report import VIEWS, headline, untouched_note
-from core.compress._report import table as report
-from core.compress._walk import calibration_windows, walk_cost
+from core.calibrate.walk import calibration_windows, walk_cost
 from core.errors import BadInput, CannotCompress
 from core.models.fp32_path import fast_fp32
 from core.models.sizes import Component
+from core.quantize.grid import refuse_packed
 from core.registry import Settings, method
+from core.saving.description import refuse_mixture
+from core.saving.report import VIEWS, headline, untouched_note
+from core.saving.report import table as report
 from core.types import Cost, Documents, Metric, Progress, Provenance, Result, View, part_of
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from core.compress._narrow_floats import FormatSettings, store_as
 from core.models.loaded import LoadedModel
 from core.numerics.schemes import MxElement, MxScheme, ScaleRule
+from core.quantize.narrow_floats import FormatSettings, store_as
 from core.registry import method
 from core.types import Documents, Progress, Result
 

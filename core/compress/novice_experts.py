@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from core.compress._structure import Inventory, structural_result
 from core.compress._unreached import never_note
 from core.errors import CannotCompress
 from core.lazy import torch
 from core.models.loaded import LoadedModel
 from core.registry import Settings, method
+from core.reshape.structure import Inventory, structural_result
 from core.routing.discover import MoeLayer
 from core.routing.exhaustive import layer_inputs
 from core.routing.merging_profile import expert_output

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from core.compress._narrow_floats import FormatSettings, store_as
 from core.models.loaded import LoadedModel
 from core.numerics.schemes import Nvfp4Scheme
+from core.quantize.narrow_floats import FormatSettings, store_as
 from core.registry import method
 from core.types import Documents, Progress, Result
 

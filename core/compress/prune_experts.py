@@ -8,11 +8,11 @@ import numpy as np
 from pydantic import Field
 
 from core.compress._experts_left import kept_by_share, share_left
-from core.compress._structure import Inventory, structural_result
 from core.compress._unreached import never_note
 from core.errors import BadInput
 from core.models.loaded import LoadedModel
 from core.registry import Settings, method
+from core.reshape.structure import Inventory, structural_result
 from core.routing.criteria import Criterion
 from core.routing.discover import MoeLayer, neutral_when_unused
 from core.routing.exhaustive import refuse_shim, refuse_too_many

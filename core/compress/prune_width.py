@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from core.compress._importance import best, complement, listed
-from core.compress._narrower import Part, Units, check_size, n_units, narrowed, refuse_part
-from core.compress._structure import Inventory, structural_result
-from core.compress._walk import walk_cost
-from core.compress._width_cut import MEASURED, Importance, Wish, choose
-from core.compress._windows import calibration_windows, shortage_note
+from core.calibrate.walk import walk_cost
+from core.calibrate.windows import calibration_windows, shortage_note
 from core.errors import BadInput, CannotCompress
 from core.lazy import torch
 from core.models.fp32_path import fast_fp32
 from core.models.loaded import LoadedModel
 from core.registry import Settings, method
+from core.reshape.importance import best, complement, listed
+from core.reshape.narrower import Part, Units, check_size, n_units, narrowed, refuse_part
+from core.reshape.structure import Inventory, structural_result
+from core.reshape.width_cut import MEASURED, Importance, Wish, choose
 from core.types import Cost, Documents, Metric, Progress, Result, View, part_of
 
 if TYPE_CHECKING:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from core.compress._structure import Inventory, structural_result
 from core.models.loaded import LoadedModel
 from core.models.sizes import component_sizes
 from core.registry import Settings, method
+from core.reshape.structure import Inventory, structural_result
 from core.routing.surgery import experts_of, set_top_k
 from core.types import Documents, Metric, Progress, Result
 

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from pydantic import Field, model_validator
 
-from core.compress._folding import (
+from core.errors import CannotCompress
+from core.lazy import torch
+from core.models.anatomy import Anatomy
+from core.models.loaded import LoadedModel
+from core.models.targets import targets
+from core.quantize.folding import (
     Fed,
     exactness_gap,
     fed_by_norms,
@@ -20,14 +25,9 @@ from core.compress._folding import (
     value_rows,
     writers,
 )
-from core.compress._rotations import hadamard_plan, rotation, rotation_around_ones
-from core.compress._structure import Inventory, structural_result
-from core.compress._targets import targets
-from core.errors import CannotCompress
-from core.lazy import torch
-from core.models.anatomy import Anatomy
-from core.models.loaded import LoadedModel
+from core.quantize.rotations import hadamard_plan, rotation, rotation_around_ones
 from core.registry import Settings, method
+from core.reshape.structure import Inventory, structural_result
 from core.types import Documents, Metric, Progress, Result, View
 
 if TYPE_CHECKING:

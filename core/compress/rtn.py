@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 
-from core.compress._grid import GridSettings, assign, grid_notes, put, rounded
-from core.compress._report import VIEWS, headline, table, untouched_note
-from core.compress._targets import targets
 from core.models.loaded import LoadedModel
+from core.models.targets import targets
+from core.quantize.grid import GridSettings, assign, grid_notes, put, rounded
 from core.registry import method
+from core.saving.report import VIEWS, headline, table, untouched_note
 from core.types import Documents, Progress, Provenance, Result
 
 

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 from pydantic import Field
 
-from core.compress._awq_block import put_outside
-from core.compress._description import refuse_mixture
-from core.compress._grid import Formats, bits_per_value, lay_out, put, refuse_packed, rounded
-from core.compress._matrices import matrices
-from core.compress._report import VIEWS, headline, table, untouched_note
-from core.compress._scaling_places import Place, places, unchanged
-from core.compress._targets import targets
-from core.compress._walk import Collected, walk, walk_cost
-from core.compress._windows import calibration_windows, shortage_note
+from core.calibrate.matrices import matrices
+from core.calibrate.walk import Collected, walk, walk_cost
+from core.calibrate.windows import calibration_windows, shortage_note
 from core.errors import CannotCompress
 from core.lazy import torch
 from core.models.loaded import LoadedModel
+from core.models.targets import targets
 from core.numerics.activations import ActivationScheme
 from core.numerics.schemes import FloatScheme, IntegerScheme, Scheme
+from core.quantize.awq_block import put_outside
+from core.quantize.grid import Formats, bits_per_value, lay_out, put, refuse_packed, rounded
+from core.quantize.scaling_places import Place, places, unchanged
 from core.registry import Settings, method
+from core.saving.description import refuse_mixture
+from core.saving.report import VIEWS, headline, table, untouched_note
 from core.types import Cost, Documents, Metric, Progress, Provenance, Result, View
 
 if TYPE_CHECKING:

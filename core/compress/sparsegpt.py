@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from core.compress._mask_step import (
+from core.calibrate.matrices import Matrix, matrices
+from core.calibrate.walk import Collected, walk, walk_cost
+from core.calibrate.windows import calibration_windows, shortage_note
+from core.lazy import torch
+from core.models.loaded import LoadedModel
+from core.registry import method
+from core.reshape.mask_step import (
     CalibratedMaskSettings,
     check,
     masked_result,
@@ -19,21 +25,15 @@ from core.compress._mask_step import (
     unreached_note,
     whole,
 )
-from core.compress._matrices import Matrix, matrices
-from core.compress._sparsity import output_error, row_mask, sparsegpt
-from core.compress._storable import storable
-from core.compress._walk import Collected, walk, walk_cost
-from core.compress._windows import calibration_windows, shortage_note
-from core.compress._zipped import zipped_bytes
-from core.lazy import torch
-from core.models.loaded import LoadedModel
-from core.registry import method
+from core.reshape.sparsity import output_error, row_mask, sparsegpt
+from core.reshape.zipped import zipped_bytes
+from core.saving.storable import storable
 from core.types import Cost, Documents, Progress, Result
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from core.compress._collected import Inputs
+    from core.calibrate.collected import Inputs
     from core.models.anatomy import Anatomy, Block
 
 

@@ -6,7 +6,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.compress._mask_step import (
+from core.calibrate.matrices import matrices
+from core.calibrate.walk import Collected, walk, walk_cost
+from core.calibrate.windows import calibration_windows, shortage_note
+from core.lazy import torch
+from core.models.loaded import LoadedModel
+from core.registry import method
+from core.reshape.mask_step import (
     CalibratedMaskSettings,
     check,
     masked_result,
@@ -15,14 +21,8 @@ from core.compress._mask_step import (
     unreached_note,
     whole,
 )
-from core.compress._matrices import matrices
-from core.compress._sparsity import row_mask, wanda_scores
-from core.compress._walk import Collected, walk, walk_cost
-from core.compress._windows import calibration_windows, shortage_note
-from core.compress._zipped import zipped_bytes
-from core.lazy import torch
-from core.models.loaded import LoadedModel
-from core.registry import method
+from core.reshape.sparsity import row_mask, wanda_scores
+from core.reshape.zipped import zipped_bytes
 from core.types import Cost, Documents, Progress, Result
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from core.compress._store import copy_companions, write_json
 from core.models.loaded import LoadedModel
+from core.saving.store import copy_companions, write_json
 
 
 def write_companions(loaded: LoadedModel, folder: Path, dtype: str) -> None:

@@ -10,9 +10,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from core.compress._layout import file_tensors
-from core.compress._proof import auto_class
-from core.compress._store import OURS, WEIGHTS, copy_companions
 from core.errors import CannotExport
 from core.export._companions import write_companions
 from core.export._parity import compare, output_of, probe_inputs
@@ -24,6 +21,9 @@ from core.models.open import open_model
 from core.models.quiet import quiet
 from core.models.sizes import component_of
 from core.registry import Settings, method
+from core.saving.layout import file_tensors
+from core.saving.proof import auto_class
+from core.saving.store import OURS, WEIGHTS, copy_companions
 from core.types import ModelRef, Progress, Result
 
 

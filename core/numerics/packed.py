@@ -47,7 +47,7 @@ class PackedTensor:
     global_scale: Tensor | None = None
     """NVFP4: what the block scales were multiplied by before they were stored, [.., 1, 1] float32."""
     product_dtype: torch.dtype | None = None
-    """What integer codes and scales are multiplied in; None: the scale's own. See ``core.compress._description``."""
+    """What integer codes and scales are multiplied in; None: the scale's own. See ``core.saving.description``."""
 
     def dequantize(self) -> Tensor:
         """The weight [R, C], rounded as its loader rounds.

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from core.compress._collected import Gatherer
-from core.compress._matrices import Matrix, matrices
+from core.calibrate.collected import Gatherer
+from core.calibrate.matrices import Matrix, matrices
 from core.lazy import torch
 from core.models.fp32_path import fast_fp32
 from core.types import Progress

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from core.compress._windows import calibration_windows
+from core.calibrate.windows import calibration_windows
 from core.probes._calibration_checks import WANTED, checks, metrics
 from core.probes._calibration_text import CalibrationText
 from core.probes._coverage import coverage

@@ -10,9 +10,9 @@ from core.budget.formats import read_formats
 from core.budget.groups import FileSizes, fits, weight_groups
 from core.budget.reruns import Reruns, equal_windows
 from core.budget.sensitivity import changed, fisher_score, gradients_of, rank_correlation, table
-from core.compress._layout import file_entries
 from core.errors import BadInput
 from core.numerics.sizes import file_bytes
+from core.saving.layout import file_entries
 from core.types import Documents, silent
 from tests.references.slow_sensitivity import fisher_form, kl_of_change
 from tests.tiny import CORPUS, tiny_model

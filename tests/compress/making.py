@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import transformers
 
-from core.compress._description import settle
-from core.compress._store import SavedFiles, save_variant
 from core.models.loaded import LoadedModel
 from core.models.open import open_model
 from core.registry import get
+from core.saving.description import settle
+from core.saving.store import SavedFiles, save_variant
 from core.types import ModelRef, Result, silent
 from tests import tiny
 from tests.tiny import tiny_folder

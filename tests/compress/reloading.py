@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from core.compress._fresh_load import output_of
-from core.compress._proof import _probe_inputs, auto_class
 from core.models.loaded import LoadedModel
+from core.saving.fresh_load import output_of
+from core.saving.proof import _probe_inputs, auto_class
 
 
 def reloads(loaded: LoadedModel, folder: Path) -> None:

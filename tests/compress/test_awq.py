@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from core.compress._collected import Inputs
-from core.compress._scale_search import Reader, search_scales
-from core.compress._scaling_places import places
+from core.calibrate.collected import Inputs
 from core.errors import Cancelled
 from core.models.loaded import LoadedModel
 from core.models.open import open_model
 from core.numerics.integer import quantize
 from core.numerics.schemes import IntegerScheme
+from core.quantize.scale_search import Reader, search_scales
+from core.quantize.scaling_places import places
 from core.registry import get
 from core.types import Documents, ModelRef, Result, silent
 from tests.compress.making import apply, own_model, save

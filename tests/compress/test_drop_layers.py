@@ -12,8 +12,6 @@ import torch
 import transformers
 
 from core.capture import capture, capture_residual
-from core.compress._depth import block_influence, greedy, losses
-from core.compress._shallower import without_blocks
 from core.errors import BadInput, CannotCompress
 from core.intervene import intervene
 from core.models.loaded import LoadedModel
@@ -21,6 +19,8 @@ from core.models.open import open_model
 from core.models.sizes import component_sizes
 from core.models.weights import input_first
 from core.registry import get
+from core.reshape.depth import block_influence, greedy, losses
+from core.reshape.shallower import without_blocks
 from core.types import Documents, ModelRef, Result, silent
 from tests.compress.making import own_model, save
 from tests.compress.reloading import reloads

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from core.compress._narrow_floats import FormatSettings
 from core.errors import CannotCompress
+from core.quantize.narrow_floats import FormatSettings
 from core.registry import get
 from tests.compress.making import apply, own_model, save
-from tests.compress.test_layout_mixed import assert_opens_plain, assert_reloads
+from tests.saving.test_layout_mixed import assert_opens_plain, assert_reloads
 from tests.tiny import tiny_model
 
 EVERY: list[tuple[str, dict[str, Any], float]] = [

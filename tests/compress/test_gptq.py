@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from core.compress import gptq as method
-from core.compress._gptq import Part, gptq, inverse_factor
-from core.compress._grid_fit import Grid
 from core.errors import CannotCompress
 from core.models.loaded import LoadedModel
 from core.numerics.integer import quantize
 from core.numerics.packed import PackedTensor
 from core.numerics.schemes import IntegerScheme
+from core.quantize.columns import Part, gptq, inverse_factor
+from core.quantize.grid_fit import Grid
 from core.types import Documents, Result, silent
 from tests.compress.making import own_model
 from tests.references.slow_gptq import layer_loss, slow_gptq

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.compress._grid_fit import Grid, grouped, half_quadratic
 from core.numerics.integer import quantize
 from core.numerics.schemes import IntegerScheme
+from core.quantize.grid_fit import Grid, grouped, half_quadratic
 from tests.compress.making import apply, own_model
 from tests.references import slow_grids
 

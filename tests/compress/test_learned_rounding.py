@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from core.compress import learned_rounding as method
-from core.compress._learned import Rounding
 from core.models.loaded import LoadedModel
 from core.numerics.integer import quantize
 from core.numerics.packed import PackedTensor
 from core.numerics.schemes import IntegerScheme
+from core.quantize.learned import Rounding
 from core.types import Documents, Result, silent
 from tests.compress.making import apply, own_model
 from tests.tiny import CORPUS

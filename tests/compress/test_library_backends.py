@@ -43,7 +43,7 @@ def test_a_librarys_files_reload_exactly_and_open_as_the_weights_in_memory(
 
 
 def test_torchao_rounds_to_its_grid_and_predicts_its_bytes(tmp_path: Path):
-    from core.compress._store import predicted_bytes
+    from core.saving.store import predicted_bytes
 
     loaded = own_model("bert", tmp_path)
     result = apply(loaded, "torchao_weights")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from core.compress._value_rank import truncated
 from core.errors import BadInput, CannotCompress
 from core.models.loaded import LoadedModel
 from core.registry import get
+from core.reshape.value_rank import truncated
 from core.types import Documents, Result, silent
 from tests.compress.making import own_model, save
 from tests.compress.reloading import reloads

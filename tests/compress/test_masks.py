@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from core.compress._matrices import matrices
-from core.compress._windows import calibration_windows
+from core.calibrate.matrices import matrices
+from core.calibrate.windows import calibration_windows
 from core.errors import BadSettings, CannotCompress
 from core.models.loaded import LoadedModel
 from core.models.open import open_model
@@ -122,14 +122,14 @@ def test_the_file_is_as_large_as_before_and_the_zip_is_as_told(tmp_path: Path) -
 
 
 def test_a_sampled_zip_size_holds_the_whole_one_in_its_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    from core.compress import _zipped
+    from core.reshape import zipped
 
     model = tiny_model("mixtral").model
-    whole = _zipped.zipped_bytes(model, "zipped")
+    whole = zipped.zipped_bytes(model, "zipped")
     assert whole.low is None
     monkeypatch.setattr(_zipped, "BLOCK_BYTES", 1 << 14)
     monkeypatch.setattr(_zipped, "MOST_BLOCKS", 40)
-    sampled = _zipped.zipped_bytes(model, "zipped")
+    sampled = zipped.zipped_bytes(model, "zipped")
     assert sampled.n == 40
     assert sampled.low is not None
     assert sampled.high is not None

@@ -11,7 +11,6 @@ import torch
 
 from core.compress import merge_experts
 from core.compress._pipeline import compress
-from core.compress._proof import _probe_inputs
 from core.errors import BadInput
 from core.models.loaded import LoadedModel
 from core.recipe import Recipe
@@ -21,6 +20,7 @@ from core.routing.discover import moe_layers
 from core.routing.lens import Change, routed
 from core.routing.merging_profile import read_profile
 from core.routing.surgery import read_expert, write_expert
+from core.saving.proof import _probe_inputs
 from core.types import Documents, Result, silent
 from tests.compress.making import own_model
 from tests.tiny import CORPUS, MOE, tiny_model

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from core.compress._pipeline import Compressed, compress
-from core.compress._proof import _probe_inputs
 from core.errors import BadInput, CannotCompress
 from core.models.loaded import LoadedModel
 from core.models.open import open_model
 from core.recipe import Recipe
 from core.registry import get
 from core.routing.discover import moe_layers
+from core.saving.proof import _probe_inputs
 from core.types import Documents, ModelRef, Result, silent
 from tests.compress.making import grouped_model, own_model, save
 from tests.tiny import CORPUS, MOE

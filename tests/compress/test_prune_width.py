@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from core.compress._importance import ablated, best
+from core.calibrate.windows import calibration_windows
 from core.compress._pipeline import compress
-from core.compress._windows import calibration_windows
 from core.errors import BadInput, CannotCompress
 from core.models.loaded import LoadedModel
 from core.models.sizes import component_sizes
 from core.models.weights import input_first
 from core.recipe import Recipe
 from core.registry import get
+from core.reshape.importance import ablated, best
 from core.types import Documents, Result, silent
 from tests.compress.making import own_model, save
 from tests.compress.reloading import reloads

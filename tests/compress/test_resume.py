@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from core.calibrate import walk
 from core.catalog.store import Catalog
-from core.compress import _walk
 from core.errors import Cancelled
 from core.loop import make_variant
 from core.models.loaded import LoadedModel
@@ -32,7 +32,7 @@ def test_a_stopped_variant_is_taken_up_where_it_was(tmp_path: Path, monkeypatch:
     scratch = stopped.folder / "scratch"
     assert len(list(scratch.rglob("block_*.safetensors"))) == 2
     restored: list[int] = []
-    read_block = _walk.read_block
+    read_block = walk.read_block
 
     def counted(file: Path, loaded: LoadedModel) -> object:
         restored.append(int(file.stem.rpartition("_")[2]))

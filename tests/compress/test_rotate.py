@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from core.compress._rotations import hadamard_plan, rotation, rotation_around_ones
 from core.errors import CannotCompress
 from core.models.open import open_model
+from core.quantize.rotations import hadamard_plan, rotation, rotation_around_ones
 from core.types import ModelRef
 from tests.compress.making import apply, own_model, save
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from core.compress._description import settle
 from core.compress.smoothquant import smoothing_scales
 from core.errors import CannotCompress
 from core.models.loaded import LoadedModel
 from core.models.open import open_model
 from core.registry import get
+from core.saving.description import settle
 from core.types import Documents, ModelRef, Result, silent
 from tests.compress.making import own_model, save
 from tests.references import slow_awq

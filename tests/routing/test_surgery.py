@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.compress._proof import _probe_inputs
 from core.errors import BadInput, CannotCompress
 from core.models.loaded import LoadedModel
 from core.routing.discover import moe_layers
 from core.routing.surgery import keep_experts, read_expert, set_top_k, write_expert
+from core.saving.proof import _probe_inputs
 from tests.compress.making import apply, own_model
 from tests.tiny import MOE, tiny_model
 
