@@ -103,3 +103,6 @@ def test_work_is_told_only_by_steps_that_tell_it(tmp_path):
 def test_a_budget_is_what_the_file_will_weigh(tmp_path):
     card = model_card(open_model(ModelRef(str(tiny_folder("llama", tmp_path)))))
     assert predicted_bytes(card, Recipe.of("mixed_precision", budget="4bpw")) == card.parameters * 4 // 8
+    assignment = "embedding:int8, 0.o:int4g32"
+    told = Recipe.of("mixed_precision", budget="1.25MB", assignment=assignment)
+    assert predicted_bytes(card, told) == 1_250_000, "the size of a plan is in its recipe"

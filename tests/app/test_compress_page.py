@@ -104,14 +104,14 @@ def test_steps_are_added_ordered_duplicated_and_removed_without_dragging(queue, 
 
 def test_json_and_steps_are_two_faces_of_one_recipe(queue, model):
     app = open_page("compress", model=model)
-    app.segmented_control(key="write_as").set_value("JSON").run()
+    app.segmented_control(key="write_as").set_value("json").run()
     written = json.dumps({"steps": [{"method": "rtn", "settings": {"bits": 3}}, {"method": "magnitude"}]})
     app.text_area(key="recipe_text0").set_value(written).run()
-    app.segmented_control(key="write_as").set_value("Steps").run()
+    app.segmented_control(key="write_as").set_value("steps").run()
     checked(app)
     assert app.selectbox(key="step1_bits").value == 3
     app.selectbox(key="step1_bits").set_value(5).run()
-    app.segmented_control(key="write_as").set_value("JSON").run()
+    app.segmented_control(key="write_as").set_value("json").run()
     shown = json.loads(app.text_area(key="recipe_text1").value)
     assert [step["method"] for step in shown["steps"]] == ["rtn", "magnitude"]
     assert shown["steps"][0]["settings"]["bits"] == 5

@@ -111,8 +111,11 @@ def _panel(run_id: str) -> None:
     from app.components.budget_panel import spend
     from core.errors import BadInput
 
+    def make(recipes) -> None:
+        st.session_state["made"] = [recipe.canonical() for recipe in recipes]
+
     try:
-        recipe = spend(run_id, budget.sensitivity(run_id))
+        recipe = spend(run_id, budget.sensitivity(run_id), make=make, told=lambda recipe: "a second")
         st.markdown(recipe.canonical() if recipe else "none", help="recipe")
     except BadInput as error:
         st.error(str(error))
@@ -132,7 +135,16 @@ def test_the_panel_spends_a_budget_without_running_anything(stored, monkeypatch)
     app.text_input(key="budget_pins").set_value("0.o:int8").run()
     assert not app.exception, app.exception
     assert "0.o:int8" in app.markdown[-1].value
-    app.button(key="choose_prune_and_quantize").click().run()
-    assert "drop_layers" in app.markdown[-1].value
+    app.button(key="make_prune_and_quantize").click().run()
+    [made] = app.session_state["made"]
+    assert "drop_layers" in made, "one click makes a plan"
+    assert "0.o:int8" in made
+    app.button(key="edit_prune_and_quantize").click().run()
+    assert app.query_params["recipe"] == made
+    assert app.query_params["write_as"] == "steps"
+    app.slider(key="budget_mb").set_value(app.slider(key="budget_mb").min).run()
+    told = " ".join(text.value for text in app.markdown)
+    assert "Infeasible with these pins: the minimum is" in told
+    assert app.slider(key="budget_mb").value == slider.min, "a pin does not move the budget"
     app.text_input(key="budget_pins").set_value("9.o:int8").run()
     assert "there is no such group" in app.error[0].value

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from core.calibrate import stage
 from core.calibrate.matrices import matrices
 from core.calibrate.walk import Collected, calibration_windows, walk
 from core.capture import capture, capture_residual
@@ -37,7 +38,7 @@ FAMILIES = (
 
 @pytest.fixture(autouse=True)
 def _two_windows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_stage, "TOKENS_AT_ONCE", 96)
+    monkeypatch.setattr(stage, "TOKENS_AT_ONCE", 96)
 
 
 def some_windows(n: int = 5, length: int = 48) -> torch.Tensor:

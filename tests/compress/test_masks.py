@@ -127,8 +127,8 @@ def test_a_sampled_zip_size_holds_the_whole_one_in_its_interval(monkeypatch: pyt
     model = tiny_model("mixtral").model
     whole = zipped.zipped_bytes(model, "zipped")
     assert whole.low is None
-    monkeypatch.setattr(_zipped, "BLOCK_BYTES", 1 << 14)
-    monkeypatch.setattr(_zipped, "MOST_BLOCKS", 40)
+    monkeypatch.setattr(zipped, "BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr(zipped, "MOST_BLOCKS", 40)
     sampled = zipped.zipped_bytes(model, "zipped")
     assert sampled.n == 40
     assert sampled.low is not None

@@ -38,7 +38,7 @@ def test_a_stopped_variant_is_taken_up_where_it_was(tmp_path: Path, monkeypatch:
         restored.append(int(file.stem.rpartition("_")[2]))
         return read_block(file, loaded)
 
-    monkeypatch.setattr(_walk, "read_block", counted)
+    monkeypatch.setattr(walk, "read_block", counted)
     again = make_variant(stopped, base, RECIPE)
     assert restored == [0, 1]
     assert list(scratch.iterdir()) == []

@@ -106,7 +106,7 @@ def test_a_killed_process_is_said_to_be_out_of_memory(
 ) -> None:
     dying = tmp_path / "dying.py"
     dying.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    monkeypatch.setattr(proof._fresh_load, "__file__", str(dying))
+    monkeypatch.setattr(proof.fresh_load, "__file__", str(dying))
     with pytest.raises(ProofFailed, match="killed, most likely for memory"):
         compress(own_model("llama", tmp_path), INT4, None, tmp_path / "out/variant", silent)
     assert list((tmp_path / "out").iterdir()) == []
@@ -117,7 +117,7 @@ def test_cancelling_ends_the_fresh_process(tmp_path: Path, monkeypatch: pytest.M
     waiting.write_text(
         f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
     )
-    monkeypatch.setattr(proof._fresh_load, "__file__", str(waiting))
+    monkeypatch.setattr(proof.fresh_load, "__file__", str(waiting))
 
     def stop_once_it_runs(done: float, total: float, message: str) -> None:
         if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():

@@ -16,6 +16,7 @@ from core.errors import CannotCompress, OutOfMemory
 from core.free_memory import free_memory
 from core.models.loaded import LoadedModel
 from core.recipe import Recipe
+from core.saving import room
 from core.saving.room import PROOF_BYTES, needs
 from core.types import silent
 from tests.compress.making import own_model
@@ -59,7 +60,7 @@ def test_a_machine_without_room_is_refused_before_any_work(
 ) -> None:
     loaded = own_model("llama", tmp_path)
     before = {name: p.clone() for name, p in loaded.model.named_parameters()}
-    monkeypatch.setattr(_room, "free_memory", lambda: 100_000_000)
+    monkeypatch.setattr(room, "free_memory", lambda: 100_000_000)
     with pytest.raises(
         OutOfMemory, match=r"not enough memory for rtn bits=4: it needs about 4\d\d MB .* 100 MB are free"
     ):
