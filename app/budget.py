@@ -156,7 +156,11 @@ def predicted_chart(points: pd.DataFrame) -> Any:
     return alt.layer(*layers).properties(height=200, padding=PADDING)
 
 
-def cell_loss(table: Sensitivity) -> str:
-    """What colours mean."""
-    how = "measured" if LOSS_OF[table.score] == "loss" else "estimated (Fisher)"
-    return f"{table.unit}, {how}"
+def meaning(table: Sensitivity) -> str:
+    """What a loss is, with its unit."""
+    return "nats of KL to the model per token" if table.unit == "nats" else table.unit
+
+
+def how(table: Sensitivity) -> str:
+    """Where the losses of single parts come from."""
+    return "measured" if LOSS_OF[table.score] == "loss" else "estimated (Fisher)"

@@ -70,10 +70,10 @@ def predicted_bytes(card: Counted, recipe: Recipe) -> float | None:
             if left is not None:
                 shares = left(card.anatomy, stored)
                 sizes *= [float(shares.get(str(component), 1.0)) for component in sizes.index]
-            if isinstance(stored, StoresBits):
-                bits |= {c: b for c, b in stored.stored_bits(card.anatomy).items() if c in bits}
-            elif isinstance(stored, KeepsBudget):
+            if isinstance(stored, KeepsBudget):
                 budget = stored.budgeted_bytes(int(sizes.sum()))
+            elif isinstance(stored, StoresBits):
+                bits |= {c: b for c, b in stored.stored_bits(card.anatomy).items() if c in bits}
             elif left is None:
                 return None
         except SlimscopeError:

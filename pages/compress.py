@@ -11,7 +11,7 @@ from app.components.error_card import error_card
 from app.components.group_card import GROUP, group_card, variants_of
 from app.components.heading import About, Reproduction, heading
 from app.components.measuring_form import Measured, measuring_form
-from app.components.recipe_editor import recipe_editor
+from app.components.recipe_editor import recipe_editor, way
 from app.components.sweep_panel import sweep_panel
 from app.components.waiting import settled
 from app.compress_views import presets, size_words, work_words
@@ -109,26 +109,27 @@ if jobs:
 
 # --- any recipe -----------------------------------------------------------------------------------------
 with st.container(border=True):
-    recipe = recipe_editor(model, opening, card)
+    recipe = recipe_editor(model, opening, card, make=make)
     measured = measuring_form(card.family if card else None)
     if measured is not None:
         st.session_state["measured"] = measured
-    sweeping = st.expander("Sweep a setting", icon=":material/stairs:", key="sweep", on_change="rerun")
-    with st.container(horizontal=True, vertical_alignment="center"):
-        slots["own"] = st.empty()
-        st.space("stretch")
-        st.button(
-            "Make variant",
-            icon=":material/add:",
-            type="primary",
-            disabled=recipe is None or measured is None,
-            on_click=make,
-            args=([recipe],),
-            key="make_own",
-        )
-if sweeping.open and recipe is not None and card is not None:
-    with sweeping:
-        sweep_panel(recipe, drafts.current().chosen, card, submit=make)
+    if way() != "budget":  # whose plans have buttons of their own
+        sweeping = st.expander("Sweep a setting", icon=":material/stairs:", key="sweep", on_change="rerun")
+        if sweeping.open and recipe is not None and card is not None:
+            with sweeping:
+                sweep_panel(recipe, drafts.current().chosen, card, submit=make)
+        with st.container(horizontal=True, vertical_alignment="center"):
+            slots["own"] = st.empty()
+            st.space("stretch")
+            st.button(
+                "Make variant",
+                icon=":material/add:",
+                type="primary",
+                disabled=recipe is None or measured is None,
+                on_click=make,
+                args=([recipe],),
+                key="make_own",
+            )
 
 # --- predictions, as soon as the model is open ----------------------------------------------------------
 with opening_slot:
@@ -140,6 +141,6 @@ with top:
 if card is not None:
     for preset in offered:
         slots[preset.id].caption(size_words(card, preset.recipe))
-    if recipe is not None:
+    if recipe is not None and "own" in slots:
         told = f"{size_words(card, recipe)} · {work_words(card, recipe)}"
         slots["own"].markdown(esc(told), width="content")

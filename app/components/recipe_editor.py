@@ -7,8 +7,8 @@ from functools import partial
 
 import streamlit as st
 
-from app import drafts, engine
-from app.components.budget_panel import budget_panel
+from app import drafts, engine, state
+from app.components.budget_panel import WRITE_AS, Make, budget_panel
 from app.components.step_list import step_list
 from app.components.step_picker import step_picker
 from app.components.text_check import text_check
@@ -20,32 +20,39 @@ from core.models.sizes import ModelCard
 from core.recipe import CALIBRATION, Recipe, Step
 from core.registry import get
 
-STEPS, BUDGET, JSON = "Steps", "Fit a budget", "JSON"
+WAYS = {"steps": "Steps", "budget": "Fit a budget", "json": "JSON"}
 CHECK = "check_text"
 
 
-def recipe_editor(model: str, opening: engine.Call, card: ModelCard | None) -> Recipe | None:
+def way() -> str:
+    """How the recipe is written: a key of ``WAYS``."""
+    return str(st.session_state[WRITE_AS])
+
+
+def recipe_editor(model: str, opening: engine.Call, card: ModelCard | None, *, make: Make) -> Recipe | None:
     """Draw the recipe as the reader wants it; None after saying what is wrong or missing.
 
     ``card`` is None until the model is open: then every method is offered, and those that do not fit refuse later.
+    ``make`` queues the plan of a budget.
     """
     draft = drafts.current()
     if draft.wrong:
-        st.session_state["write_as"] = JSON
+        st.session_state[WRITE_AS] = st.query_params[WRITE_AS] = "json"
     with st.container(horizontal=True, vertical_alignment="center"):
         st.header("Your own recipe", anchor=False, width="stretch")
-        mode = st.segmented_control(
+        how = state.choice(
+            st.segmented_control,
             "Write it as",
-            [STEPS, BUDGET, JSON],
-            default=STEPS,
+            WAYS,
+            key=WRITE_AS,
+            default="steps",
             required=True,
-            key="write_as",
             label_visibility="collapsed",
         )
-    if mode == JSON:
+    if how == "json":
         return _as_json(draft)
-    if mode == BUDGET:
-        return budget_panel(model, opening)
+    if how == "budget":
+        return budget_panel(model, opening, make=make)
     return _as_steps(draft, model, card)
 
 

@@ -28,6 +28,7 @@ _CSS = """
 .cell:hover { outline: 1px solid var(--st-gray-color); outline-offset: -1px; }
 .cell:focus-visible { outline: 2px solid var(--st-primary-color); outline-offset: -2px; }
 .cell[aria-selected="true"] { outline: 2px solid #F08C00; outline-offset: -2px; }
+.centred .cell { text-align: center; }
 .head { background: var(--st-secondary-background-color); color: var(--st-text-color); position: sticky; }
 .top { top: 0; z-index: 1; border-bottom: 1px solid var(--st-border-color); }
 .side { left: 0; z-index: 1; text-align: right; border-right: 1px solid var(--st-border-color);
@@ -50,7 +51,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
     s.frame.append(s.grid); parentElement.append(s.frame, s.scale); S.set(parentElement, s);
   }
   const [R, C] = data.shape, stops = ramp(parentElement.host ?? s.grid, data.diverging), look = data.sig + stops.join();
-  s.grid.setAttribute("aria-label", data.label);
+  s.grid.setAttribute("aria-label", data.label); s.grid.classList.toggle("centred", data.centred);
   if (s.look !== look) {
     s.look = look;
     // A definite width and height of every track, so that no cell has to be measured to lay out the others.
@@ -115,11 +116,12 @@ def token_grid(
     midpoint: float | None = None,
     log: bool = False,
     limits: tuple[float, float] | None = None,
+    centred: bool = False,
 ) -> None:
     """Draw R rows by C columns of ``words`` coloured by ``values_RC``; a click calls ``on_pick`` with the cell.
 
     ``corner`` names rows and columns, ``hover`` is each cell's tooltip, ``unit`` ends the colour scale,
-    which is even, or with ``log`` even in the logarithm.
+    which is even, or with ``log`` even in the logarithm. Words that are marks look best ``centred``.
     """
     n_rows, n_cols = values_RC.shape
     assert n_rows * n_cols <= MARK_LIMIT, "too many cells for the DOM; draw them with heat_canvas"
@@ -148,6 +150,7 @@ def token_grid(
             "label": label,
             "cell_width": 58,
             "head_width": 14 + 7 * max(map(len, [corner, *rows])),
+            "centred": centred,
             "diverging": midpoint is not None,
             "selected": {"row": selected.row, "col": selected.col} if selected else None,
             "sig": f"{levels.signature}-{levels.low}-{levels.high}-{zlib.crc32(repr((flat_words, list(cols))).encode())}",
