@@ -168,7 +168,7 @@ def command_run(args: argparse.Namespace) -> Any:
 
 def command_plan(args: argparse.Namespace) -> Any:
     """Say how a model could fit into a budget of bytes, and what that is predicted to cost."""
-    from core.budget.planning import document, plan_model, summary
+    from core.planning import document, plan_model, summary
 
     planned = plan_model(
         _catalog(), args.model, args.budget, tolerance=args.tolerance, settings=pairs(args.set),

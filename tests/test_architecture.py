@@ -95,6 +95,25 @@ def test_dependencies_point_one_way(layer: str):
         )
 
 
+BELOW_COMPRESS = ("numerics", "models", "routing", "calibrate", "saving", "quantize", "reshape", "budget")
+"""In the order in which they may import each other, the later the earlier; ``core.compress`` may import all."""
+
+
+@pytest.mark.parametrize("package", BELOW_COMPRESS)
+def test_the_parts_of_compression_point_one_way(package: str):
+    later = BELOW_COMPRESS[BELOW_COMPRESS.index(package) + 1 :]
+    above = tuple(f"core.{name}" for name in (*later, "compress", "loop", "jobs", "catalog", "cli"))
+    if package == "models":
+        above = tuple(name for name in above if name != "core.routing")  # experts are found by its rules
+    for path in (ROOT / "core" / package).rglob("*.py"):
+        found = {
+            name
+            for name in imports_of(path.read_text())
+            if name.startswith(tuple(f"{a}." for a in above)) or name in above
+        }
+        assert not found, f"{path.relative_to(ROOT)} imports {sorted(found)}"
+
+
 def test_no_page_is_long():
     for path in (ROOT / "pages").glob("*.py"):
         assert len(path.read_text().splitlines()) <= 150, f"{path.name}: shape data in app/, not in pages"

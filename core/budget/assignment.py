@@ -7,7 +7,7 @@ Torch-free. A table has one row per group and format (``core.budget.sensitivity.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -68,12 +68,7 @@ def allocate_readable(
 
     Raises ``OverBudget`` saying the minimum, ``BadInput`` for a pin that cannot be.
     """
-    menu = menu_of(cells, fixed_bytes=fixed_bytes, score=score)
-    menu.pinned(pins or {})  # refused with every choice of the group named
-    kind_of = dict(zip(cells["group"], cells["kind"], strict=True))
-    files = [
-        held for mask_GC in readable(menu, kind_of) if (held := menu.only(mask_GC, pins or {})) is not None
-    ]
+    files = _files(cells, fixed_bytes, score, pins or {})
     by_bound = sorted(
         ((frontier(held, pins=pins).bound(budget), held) for held in files), key=lambda one: one[0]
     )
@@ -93,6 +88,27 @@ def allocate_readable(
         "these pins cannot stand in one file: transformers reads several formats side by side only in linear layers, "
         "without zero points, with embeddings as plain floats (float8, bfloat16, keep), and one format for all experts"
     )
+
+
+def least_losses(
+    cells: pd.DataFrame,
+    sizes_N: Sequence[int],
+    *,
+    fixed_bytes: int,
+    score: Score,
+    pins: Mapping[str, str] | None = None,
+) -> NDArray[np.float64]:
+    """What no allocation that a file can hold goes below, for each size in bytes; infinite where none is so small."""
+    bounds = [frontier(held, pins=pins) for held in _files(cells, fixed_bytes, score, pins or {})]
+    return np.array([min((one.bound(size) for one in bounds), default=np.inf) for size in sizes_N])
+
+
+def _files(cells: pd.DataFrame, fixed_bytes: int, score: Score, pins: Mapping[str, str]) -> list[Menu]:
+    """The menu as each kind of readable file restricts it. Raises ``BadInput`` for a pin that cannot be."""
+    menu = menu_of(cells, fixed_bytes=fixed_bytes, score=score)
+    menu.pinned(pins)  # refused with every choice of the group named
+    kind_of = dict(zip(cells["group"], cells["kind"], strict=True))
+    return [held for mask_GC in readable(menu, kind_of) if (held := menu.only(mask_GC, pins)) is not None]
 
 
 def written(choice_of: Mapping[str, str]) -> str:

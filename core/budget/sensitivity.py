@@ -26,9 +26,8 @@ import pandas as pd
 from core.budget.formats import Format
 from core.budget.groups import FileSizes, WeightGroup, fits, in_format
 from core.budget.reruns import Reruns, output_of
-from core.compress._router_descent import leave_inference_mode, trainable
 from core.lazy import torch
-from core.probes._gradients import differentiable
+from core.models.gradients import differentiable, leave_inference_mode, trainable
 from core.types import Progress
 
 if TYPE_CHECKING:

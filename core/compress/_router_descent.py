@@ -10,13 +10,12 @@ Legend: B windows of one length, P positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from core.errors import CannotCompress
 from core.lazy import torch
-from core.probes._gradients import differentiable
+from core.models.gradients import differentiable
 from core.routing.discover import moe_layers
 from core.train._residuals import TextWindow
 from core.types import Progress
@@ -24,7 +23,8 @@ from core.types import Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from core.models.loaded import LoadedModel
+from core.models.gradients import leave_inference_mode, trainable
+from core.models.loaded import LoadedModel
 
 
 @dataclass
@@ -182,23 +182,3 @@ def _endless(
         for ids_BP in batches(windows, size, device, generator)[:n]:
             yield ids_BP
             n -= 1
-
-
-def leave_inference_mode(loaded: LoadedModel) -> None:
-    """Copy weights that an earlier step made in inference mode: autograd refuses to pass through them."""
-    for tensor in (*loaded.model.parameters(), *loaded.model.buffers()):
-        if tensor.is_inference():
-            tensor.data = tensor.data.clone()
-
-
-@contextmanager
-def trainable(parameters: Mapping[str, Any]) -> Iterator[None]:
-    """Gradients for these parameters alone, and none afterwards, however the block ends."""
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None

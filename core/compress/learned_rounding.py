@@ -16,10 +16,10 @@ from core.calibrate.walk import Collected, calibration_windows, walk, walk_cost
 from core.calibrate.windows import shortage_note
 from core.errors import CannotCompress, CannotMeasure
 from core.lazy import torch
+from core.models.gradients import differentiable, require_gradients
 from core.models.loaded import LoadedModel
 from core.models.targets import Target, targets
 from core.numerics.schemes import IntegerScheme, Scheme
-from core.probes._gradients import differentiable, require_gradients
 from core.quantize.grid import GridSettings, assign, grid_notes, put, rounded
 from core.quantize.learned import Rounding
 from core.registry import method

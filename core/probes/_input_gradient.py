@@ -13,8 +13,8 @@ import numpy as np
 from core.capture import capture
 from core.intervene import intervene
 from core.lazy import torch
+from core.models.gradients import differentiable
 from core.probes._batching import in_batches
-from core.probes._gradients import differentiable
 from core.probes._input_game import BATCH_BYTES, Game, row_bytes
 
 if TYPE_CHECKING:

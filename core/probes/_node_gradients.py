@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.intervene import intervene
 from core.lazy import torch
-from core.probes._gradients import differentiable
+from core.models.gradients import differentiable
 from core.probes._kernel import Kernel, attention_by
 from core.probes._recording import Node
 

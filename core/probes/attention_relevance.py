@@ -18,8 +18,8 @@ from pydantic import Field
 from core.errors import CannotMeasure
 from core.lazy import torch
 from core.models.anatomy_verify import eager_attention
+from core.models.gradients import differentiable, require_gradients
 from core.probes import _relevance
-from core.probes._gradients import differentiable, require_gradients
 from core.probes._kernel import Kernel, attention_by
 from core.probes._provenance import provenance
 from core.probes._read_out import ReadOut, read_out

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from core.errors import BadInput
 from core.lazy import torch
-from core.probes._gradients import differentiable, require_gradients
+from core.models.gradients import differentiable, require_gradients
 from core.probes._node_gradients import node_gradients
 from core.probes._patch_grid import PER_HEAD, Grid, PatchSettings, node_of, open_grid
 from core.probes._patch_report import FACTUAL_RECALL, INDIRECT_OBJECT, grid_notes

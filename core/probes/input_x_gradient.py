@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from core.lazy import torch
-from core.probes._gradients import require_gradients
+from core.models.gradients import require_gradients
 from core.probes._input_game import InputSettings, build_game
 from core.probes._input_gradient import Points, per_player
 from core.probes._input_report import input_result

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from core.errors import BadInput, CannotMeasure
 from core.lazy import torch
-from core.probes._gradients import require_gradients
+from core.models.gradients import require_gradients
 from core.probes._input_game import (
     Game,
     InputSettings,

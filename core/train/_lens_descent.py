@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from core.lazy import torch
+from core.models.gradients import differentiable
 from core.models.readout import unembed
-from core.probes._gradients import differentiable
 from core.train._lens_report import Curve
 from core.train._translators import Translators
 from core.types import Progress

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from core.lazy import torch
-from core.probes._gradients import differentiable
+from core.models.gradients import differentiable
 from core.types import Progress
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from core.capture import capture_residual
 from core.errors import CannotMeasure
 from core.lazy import torch
 from core.models.fp32_path import Fp32Setting, fast_fp32
-from core.probes._gradients import require_gradients
+from core.models.gradients import require_gradients
 from core.registry import Settings, method
 from core.train._lens_descent import Best, descend
 from core.train._lens_moments import Moments

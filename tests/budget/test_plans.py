@@ -11,12 +11,12 @@ from streamlit.testing.v1 import AppTest
 from app import budget
 from core.bench import probe_model
 from core.budget.allocation import OverBudget
-from core.budget.planning import document, newest_sensitivity, plan_model, summary
 from core.budget.plans import Sensitivity, plans
 from core.catalog.results import result_of
 from core.catalog.store import Catalog
 from core.errors import BadInput
 from core.loop import register
+from core.planning import document, newest_sensitivity, plan_model, summary
 from core.recipe import Recipe
 from core.types import Prompt
 from tests.tiny import tiny_folder

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from core.errors import CannotMeasure
+from core.models.gradients import differentiable, require_gradients
 from core.models.loaded import LoadedModel
-from core.probes._gradients import differentiable, require_gradients
 from tests.tiny import FAMILIES, n_hooks, tiny_model
 
 

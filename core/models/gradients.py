@@ -1,4 +1,4 @@
-"""Whether a gradient through this model can be trusted, decided before a probe takes one.
+"""Whether a gradient through this model can be trusted, decided before one is taken; and how to take it.
 
 A forward pass needs no kernel with a derivative, a gradient does. Where a kernel has none, autograd does not always
 say so: it may cut one branch and return the derivative of the rest, a plausible wrong number. So the kernels are
@@ -7,7 +7,7 @@ looked at, then a backward pass is run on a few positions and every module that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -117,3 +117,23 @@ def _few_positions(loaded: LoadedModel) -> tuple[Tensor, dict[str, Any]]:
     if loaded.family == "encoder":
         del arguments["use_cache"]
     return start, arguments
+
+
+def leave_inference_mode(loaded: LoadedModel) -> None:
+    """Copy weights that an earlier step made in inference mode: autograd refuses to pass through them."""
+    for tensor in (*loaded.model.parameters(), *loaded.model.buffers()):
+        if tensor.is_inference():
+            tensor.data = tensor.data.clone()
+
+
+@contextmanager
+def trainable(parameters: Mapping[str, Any]) -> Iterator[None]:
+    """Gradients for these parameters alone, and none afterwards, however the block ends."""
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
