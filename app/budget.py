@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 from app import engine
 from app import format as fmt
 from app.charts import PADDING, SELECTED
-from core.budget.allocation import Allocation, OverBudget, frontier
-from core.budget.assignment import LOSS_OF, menu_of, written
+from core.budget.allocation import Allocation, OverBudget
+from core.budget.assignment import LOSS_OF, least_losses, menu_of, written
 from core.budget.formats import KEEP
-from core.budget.planning import newest_sensitivity
 from core.budget.plans import Plan, Sensitivity, plans
 from core.catalog.queries import VariantDetail
+from core.planning import newest_sensitivity
 from core.types import Run
 
 NEUTRAL = "#8A93A6"
+CURVE_POINTS = 161
 STAGES = "stages"
 """The frame of ``mixed_precision`` with predicted and measured loss."""
 CUT, PINNED = "●", "◆"
@@ -112,17 +113,25 @@ def toggled(pins: Mapping[str, str], group: str, choice: str) -> str:
     return written(kept if pins.get(group) == choice else {**kept, group: choice})
 
 
-def curve(table: Sensitivity, pins: Mapping[str, str], here: Allocation) -> Any:
-    """Loss over size: the hull of all assignments, and where the budget is."""
-    menu = menu_of(table.cells, fixed_bytes=table.fixed_bytes, score=table.score)
-    hull = frontier(menu, pins=pins)
-    line = pd.DataFrame({"mb": hull.bytes_N / 1e6, "loss": hull.loss_N})
+def curve(table: Sensitivity, pins: Mapping[str, str], here: Allocation, ends: Range) -> Any:
+    """Loss over size: what no readable file goes below, and where the budget is."""
+    sizes_N = np.linspace(ends.smallest, ends.whole, CURVE_POINTS).astype(int)
+    least_N = least_losses(
+        table.cells, sizes_N.tolist(), fixed_bytes=table.fixed_bytes, score=table.score, pins=pins
+    )
+    line = pd.DataFrame({"mb": sizes_N / 1e6, "loss": least_N})
     point = pd.DataFrame({"mb": [here.bytes / 1e6], "loss": [here.loss]})
     x = alt.X("mb:Q", title="Size, MB", scale=alt.Scale(zero=False))
     y = alt.Y("loss:Q", title=f"Expected loss, {table.unit}")
+    tooltip = [
+        alt.Tooltip("mb:Q", title="Size, MB", format=".2f"),
+        alt.Tooltip("loss:Q", title=f"Expected loss, {table.unit}", format=".3~g"),
+    ]
     return alt.layer(
         alt.Chart(line).mark_line(color=NEUTRAL, strokeWidth=1.6).encode(x=x, y=y),
-        alt.Chart(point).mark_point(size=140, filled=True, color=SELECTED).encode(x=x, y=y),
+        alt.Chart(point)
+        .mark_point(size=140, filled=True, color=SELECTED, opacity=1)
+        .encode(x=x, y=y, tooltip=tooltip),
     ).properties(height=220, padding=PADDING)
 
 

@@ -150,7 +150,7 @@ def _time(work: Work) -> str:
         return "time not predicted"
     rest = f", {' and '.join(work.untold)} not counted" if work.untold else ""
     told = "under a second" if work.seconds < 1 else f"≈ {fmt.seconds(work.seconds)}"
-    return f"{told} to compress{rest}"
+    return f"{told} to compress{rest}, before proof and measuring"
 
 
 def _memory(work: Work) -> str:

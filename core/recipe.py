@@ -26,7 +26,7 @@ from core.registry import Settings, get
 from core.types import canonical_json, content_hash
 
 SCHEMA = 1
-LONGEST = 48
+LONGEST = 20
 """Characters of one setting in a recipe's name."""
 CALIBRATION = "pydoc"
 """What calibrated steps read unless a recipe says otherwise."""

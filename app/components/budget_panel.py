@@ -18,12 +18,12 @@ from app.compress_views import work_words
 from app.engine import Question
 from app.text import esc
 from core.budget.assignment import read_assignment
-from core.budget.planning import PROBE
 from core.budget.plans import Plan, Sensitivity
 from core.errors import BadInput, SlimscopeError
 from core.jobs.plan import submit_probe
 from core.jobs.states import ACTIVE
 from core.models.sizes import ModelCard
+from core.planning import PROBE
 from core.recipe import Recipe
 from core.registry import get
 from core.types import ModelRef, Prompt
@@ -137,17 +137,19 @@ def spend(run_id: str, table: Sensitivity, *, make: Make, told: Callable[[Recipe
             )
         size = max(limits.smallest, wanted)
         best = table.allocate(size, pins)
-        grid = st.grid(3, min_column_width=105)
-        grid.metric("Expected size", fmt.size(best.bytes), border=True)
+        grid = st.grid(2, min_column_width=140)
         grid.metric(
-            "Expected loss", fmt.number(best.loss, table.unit), border=True,
-            help=f"{budget.meaning(table)}, {budget.how(table)}, added up over the parts",
+            "Expected size", fmt.size(best.bytes), f"{best.bytes / limits.whole:.0%} of now", border=True,
+            delta_color="off", delta_arrow="off", help=f"As it is, the model takes {fmt.size(limits.whole)}",
         )  # fmt: skip
         grid.metric(
-            "Of what it takes now", f"{best.bytes / limits.whole:.0%}", border=True,
-            help=f"As it is, the model takes {fmt.size(limits.whole)}",
+            "Expected loss", fmt.number(best.loss, table.unit), budget.how(table), border=True,
+            delta_color="off", delta_arrow="off", help=f"{budget.meaning(table)}, added up over the parts",
         )  # fmt: skip
-        st.altair_chart(budget.curve(table, pins, best), key="budget_curve", alt="Expected loss over size")
+        st.altair_chart(
+            budget.curve(table, pins, best, limits), key="budget_curve", alt="Expected loss over size"
+        )
+        st.caption("The line: no file that plain transformers reads loses less at that size.")
     with right:
         _grid(table, best.choice_of, pins)
     found = budget.planned(run_id, size, (tolerance or "").strip() or None, key)

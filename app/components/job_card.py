@@ -35,8 +35,8 @@ RECENT = 50
 
 
 def subject(job: Job) -> str:
-    """What the job is about: a recipe's label, a probe's or training's title; the model itself where there is neither."""
-    if job.kind in ("probe", "train"):
+    """What the job is about: a recipe's label, a probe's, training's or export's title; the model itself where there is neither."""
+    if job.kind in ("probe", "train", "export"):
         known = methods(job.kind)  # type: ignore[arg-type]
         id_ = str(job.spec.get("method"))
         return known[id_].title if id_ in known else "a method this version does not know"

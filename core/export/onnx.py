@@ -53,6 +53,7 @@ class OnnxSettings(Settings):
     )
     seven_bits: bool = Field(
         default=False,
+        title="Seven bits only",
         description="int8: leave the top bit unused. x86 processors without VNNI add in 16 bits, and full 8-bit codes "
         "overflow there",
     )

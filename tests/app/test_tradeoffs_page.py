@@ -5,6 +5,7 @@ import json
 import pytest
 
 from core.catalog.queries import tradeoff_frame
+from core.jobs.queue import Queue
 from core.tradeoff import pareto_front, usable
 from tests.app.tradeoff_app import checked, new_catalog, open_page
 from tests.synthetic import add_base, fill
@@ -66,6 +67,20 @@ def test_a_variant_in_the_address_opens_its_panel_and_evidence(frame):
     measured = next(element.value for element in app.dataframe if "conditions" in element.value)
     assert (measured["measurement"] == "Decode tokens per s").sum() == 2, "the repeat is listed as well"
     assert measured["conditions"].str.contains("threads 2").all()
+
+
+def test_an_export_is_queued_by_one_click_and_its_job_is_seen(frame, home, monkeypatch):
+    started = []
+    monkeypatch.setattr("app.engine.start_work", lambda: started.append(True))
+    variant = frame[frame["recipe"].notna()].iloc[0]["variant"]
+    app = open_page("tradeoffs", variant=variant)
+    app.button(key="export_go").click().run()
+    checked(app)
+    [job] = [job for job in Queue(new_catalog(home)).jobs() if job.kind == "export"]
+    assert job.spec["model"].endswith(variant)
+    assert started, "nobody else starts the work"
+    told = " ".join(text.value for text in app.markdown)
+    assert "Export · GGUF" in told
 
 
 @pytest.mark.parametrize("part", ["Recipe and lineage", "Reload proof", "Layers", "Reproduce"])
