@@ -16,6 +16,7 @@ from app.components.heading import About, Reproduction, heading
 from app.components.prompt_box import example_row, prompt_box
 from app.components.question_bar import misfit_note, probe_box, question_bar
 from app.components.result_panel import result_panel
+from app.components.weight_picker import weight_pickers
 from app.engine import Question
 from app.forms import settings_form
 from app.reproduce import probe_command, probe_script
@@ -102,7 +103,7 @@ def _form(
         left.caption(esc(probe.summary))
         with left.container(horizontal=True, gap="small"):
             with st.popover("Settings", icon=":material/tune:"):
-                own = {FIELD: lambda: artifact_picker(source, probe, card)}
+                own = {FIELD: lambda: artifact_picker(source, probe, card), **weight_pickers(probe, card)}
                 settings = settings_form(probe, columns=2, inputs=inputs, own=own)
             misfit_note(probes, card)
         with box:

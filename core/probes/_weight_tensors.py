@@ -109,14 +109,13 @@ def part_names(names: Sequence[str], loaded: LoadedModel) -> list[str]:
 def chosen_weight(loaded: LoadedModel, layer: int, part: str) -> Weight:
     """The weight of a layer (-1: the middle one) by the name of its part; without a name the last of the layer.
 
-    ``part`` may also be the whole name of a parameter. Raises ``BadInput`` with what there is.
+    ``part`` may also be the whole name of a parameter, or of a module: then its last weight, as fused experts have two.
+    Raises ``BadInput`` with what there is.
     """
     found = weights(loaded)
-    whole = next(
-        (one for one in found if part and part in (one.name, one.name.removesuffix(".weight"))), None
-    )
-    if whole is not None:
-        return whole
+    whole = [one for one in found if part and part in (one.name, one.name.rpartition(".")[0])]
+    if whole:
+        return whole[-1]
     layers = sorted({one.layer for one in found if one.layer is not None})
     at = layers[len(layers) // 2] if layer == -1 else layer
     own = [one for one in found if one.layer == at]

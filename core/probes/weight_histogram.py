@@ -42,7 +42,8 @@ class WeightHistogramSettings(Settings):
     part: str = Field(
         "",
         max_length=200,
-        description="Which of its weights, e.g. q_proj; empty: the last. Or a parameter's whole name",
+        description="Which of its weights, e.g. q_proj; empty: the last. Or a parameter's or module's whole name, of any layer",
+        json_schema_extra={"chosen_from": "weight"},
     )
     format: Literal[
         "float8 e4m3", "float8 e5m2", "int8", "MXFP8 e4m3", "MXFP8 e5m2", "MXFP6 e2m3", "MXFP6 e3m2", "int6", "int5", "int4",

@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 
 from app import number_views as views
+from app.components.weight_picker import names_of
 from core.errors import BadInput
+from core.models.open import open_model
+from core.models.sizes import model_card
 from core.numerics.catalogue import FORMATS, store
+from core.probes._weight_tensors import weights
+from core.types import ModelRef
 
 
 def plain(text: str) -> str:
@@ -123,3 +128,19 @@ def test_the_weights_of_a_model_are_asked_without_a_prompt(opened, tiny_vit):
 def test_a_link_to_a_probe_opens_the_weights(opened, tiny_llama):
     app = opened("formats", model=str(tiny_llama), probe="weight_histogram", weight_histogram_part="q_proj")
     assert plain(app.title[0].value).startswith("A weight over its grid")
+
+
+def test_a_weight_is_chosen_among_those_of_the_model(opened, tiny_llama):
+    name = "model.layers.1.self_attn.q_proj"
+    app = opened("formats", model=str(tiny_llama), probe="weight_histogram", weight_histogram_part=name)
+    assert not app.exception
+    box = app.selectbox(key="weight_histogram_part")
+    assert box.value == name
+    assert "model.layers.0.mlp.down_proj" in box.options
+    assert not [option for option in box.options if "norm" in option]
+
+
+def test_fused_experts_are_offered_by_their_two_matrices(tiny_moe):
+    loaded = open_model(ModelRef(str(tiny_moe)))
+    names, there = names_of(model_card(loaded)), {one.name.removesuffix(".weight") for one in weights(loaded)}
+    assert set(names) == there

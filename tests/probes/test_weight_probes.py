@@ -83,6 +83,16 @@ def test_a_wrong_part_names_those_there_are() -> None:
         chosen_weight(tiny_model("llama"), 99, "")
 
 
+def test_a_weight_is_found_by_its_whole_name_or_its_modules() -> None:
+    name = "model.layers.1.self_attn.q_proj.weight"
+    for said in (name, name.removesuffix(".weight")):
+        assert chosen_weight(tiny_model("llama"), 0, said).name == name
+    experts = chosen_weight(tiny_model("olmoe"), 0, "model.layers.1.mlp.experts")
+    assert experts.name == "model.layers.1.mlp.experts.down_proj"
+    with pytest.raises(BadInput, match="no weight 'model'"):
+        chosen_weight(tiny_model("llama"), 0, "model")
+
+
 def test_a_planted_outlier_is_found() -> None:
     loaded = tiny_model("qwen2")
     weight = chosen_weight(loaded, 1, "v_proj")
