@@ -28,6 +28,8 @@ from core.types import Run
 
 NEUTRAL = "#8A93A6"
 CURVE_POINTS = 161
+USUAL_BITS, MOST_BITS = 4.5, 10.0
+"""Bits per weight of the budget that a slider begins with, and of the largest it offers."""
 STAGES = "stages"
 """The frame of ``mixed_precision`` with predicted and measured loss."""
 CUT, PINNED = "●", "◆"
@@ -74,6 +76,11 @@ def budget_range(run_id: str, pins: tuple[tuple[str, str], ...]) -> Range:
     raise AssertionError("no model has 0 bytes")
 
 
+def useful_bytes(limits: Range, table: Sensitivity) -> int:
+    """Where a budget ends to be one: beyond 8 bits and their scales every part is kept nearly as it is."""
+    return max(limits.smallest + 1, min(limits.whole, int(MOST_BITS * table.parameters / 8)))
+
+
 @dataclass(frozen=True, eq=False)
 class CutGrid:
     """Groups by formats: losses as colours, the chosen and pinned cells as marks."""
@@ -115,14 +122,19 @@ def toggled(pins: Mapping[str, str], group: str, choice: str) -> str:
 
 def curve(table: Sensitivity, pins: Mapping[str, str], here: Allocation, ends: Range) -> Any:
     """Loss over size: what no readable file goes below, and where the budget is."""
-    sizes_N = np.linspace(ends.smallest, ends.whole, CURVE_POINTS).astype(int)
+    sizes_N = np.linspace(ends.smallest, useful_bytes(ends, table), CURVE_POINTS).astype(int)
     least_N = least_losses(
         table.cells, sizes_N.tolist(), fixed_bytes=table.fixed_bytes, score=table.score, pins=pins
     )
-    line = pd.DataFrame({"mb": sizes_N / 1e6, "loss": least_N})
-    point = pd.DataFrame({"mb": [here.bytes / 1e6], "loss": [here.loss]})
+    line = pd.DataFrame({"mb": sizes_N / 1e6, "loss": least_N}).query("loss > 0")  # a logarithm has no 0
+    point = pd.DataFrame({"mb": [here.bytes / 1e6], "loss": [here.loss]}).query("loss > 0")
     x = alt.X("mb:Q", title="Size, MB", scale=alt.Scale(zero=False))
-    y = alt.Y("loss:Q", title=f"Expected loss, {table.unit}")
+    y = alt.Y(
+        "loss:Q",
+        title=f"Expected loss, {table.unit}",
+        scale=alt.Scale(type="log"),
+        axis=alt.Axis(tickCount=5, format="~g"),
+    )
     tooltip = [
         alt.Tooltip("mb:Q", title="Size, MB", format=".2f"),
         alt.Tooltip("loss:Q", title=f"Expected loss, {table.unit}", format=".3~g"),

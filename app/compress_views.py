@@ -10,7 +10,7 @@ from app import format as fmt
 from core.models.sizes import ModelCard
 from core.prediction import KeepsBudget, StoresBits, Work, predicted_bytes, predicted_work
 from core.recipe import Recipe, Step
-from core.registry import Group, Method, Need, methods
+from core.registry import Group, Method, Need, get, methods
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,10 @@ def work_words(card: ModelCard, recipe: Recipe) -> str:
 def _time(work: Work) -> str:
     if work.seconds is None:
         return "time not predicted"
-    rest = f", {' and '.join(work.untold)} not counted" if work.untold else ""
+    untold = " and ".join(get("compress", method).title for method in work.untold)
+    rest = f" ({untold} not counted)" if untold else ""
     told = "under a second" if work.seconds < 1 else f"≈ {fmt.seconds(work.seconds)}"
-    return f"{told} to compress{rest}, before proof and measuring"
+    return f"{told} to compress{rest}, then proof and measuring"
 
 
 def _memory(work: Work) -> str:

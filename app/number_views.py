@@ -247,4 +247,5 @@ def _domain(
         return low, high
     positive = values["value"][values["value"] > 0]
     least = float(positive.min()) if zoom == "all" else max(float(positive.min()), largest * 1e-4)
-    return (max(low, least) if zoom == "near" else least), max(high, least * 2)
+    start = max(low, least) if zoom == "near" else least
+    return (min(start, number / 1.5) if number > 0 else start), max(high, least * 2)

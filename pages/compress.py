@@ -118,18 +118,18 @@ with st.container(border=True):
         if sweeping.open and recipe is not None and card is not None:
             with sweeping:
                 sweep_panel(recipe, drafts.current().chosen, card, submit=make)
-        with st.container(horizontal=True, vertical_alignment="center"):
-            slots["own"] = st.empty()
-            st.space("stretch")
-            st.button(
-                "Make variant",
-                icon=":material/add:",
-                type="primary",
-                disabled=recipe is None or measured is None,
-                on_click=make,
-                args=([recipe],),
-                key="make_own",
-            )
+        told, go = st.columns([4, 1], vertical_alignment="center")
+        slots["own"] = told.empty()
+        go.button(
+            "Make variant",
+            icon=":material/add:",
+            type="primary",
+            disabled=recipe is None or measured is None,
+            on_click=make,
+            args=([recipe],),
+            key="make_own",
+            width="stretch",
+        )
 
 # --- predictions, as soon as the model is open ----------------------------------------------------------
 with opening_slot:
@@ -142,5 +142,4 @@ if card is not None:
     for preset in offered:
         slots[preset.id].caption(size_words(card, preset.recipe))
     if recipe is not None and "own" in slots:
-        told = f"{size_words(card, recipe)} · {work_words(card, recipe)}"
-        slots["own"].markdown(esc(told), width="content")
+        slots["own"].markdown(esc(f"{size_words(card, recipe)} · {work_words(card, recipe)}"))

@@ -128,7 +128,7 @@ def spend(run_id: str, table: Sensitivity, *, make: Make, told: Callable[[Recipe
     pins = read_assignment(typed or "", "pin")
     key = tuple(sorted(pins.items()))
     with first:
-        wanted = _slider(budget.budget_range(run_id, ()))
+        wanted = _slider(budget.budget_range(run_id, ()), table)
         limits = budget.budget_range(run_id, key)
         if wanted < limits.smallest:
             st.markdown(
@@ -156,13 +156,14 @@ def spend(run_id: str, table: Sensitivity, *, make: Make, told: Callable[[Recipe
     return plan_cards(found, table, make=make, told=told)
 
 
-def _slider(limits: budget.Range) -> int:
+def _slider(limits: budget.Range, table: Sensitivity) -> int:
     """The bytes that are asked for. Its ends know no pins: a click on a cell does not move the budget."""
-    low, high = limits.smallest / 1e6, limits.whole / 1e6
+    low, high = limits.smallest / 1e6, budget.useful_bytes(limits, table) / 1e6
+    usual = budget.USUAL_BITS * table.parameters / 8e6
     step = max(0.01, round((high - low) / 500, 2))
     wanted = st.slider(
-        "Budget, MB", low, max(high, low + step), min(high, 1.25 * low), step, key="budget_mb", bind="query-params",
-        help=f"Of the weight file; the smallest possible is {low:.2f} MB, as it is the model takes {high:.2f} MB",
+        "Budget, MB", low, max(high, low + step), min(high, max(low, usual)), step, key="budget_mb", bind="query-params",
+        help=f"Of the weight file; the smallest possible is {low:.2f} MB, as it is the model takes {limits.whole / 1e6:.2f} MB",
     )  # fmt: skip
     return max(limits.smallest, int(wanted * 1e6))
 

@@ -15,6 +15,7 @@ from app.charts import PADDING, SELECTED
 Axis = Literal["linear", "log"]
 ROW = 34
 """Pixels of one format on the number line."""
+CURVE_HEIGHT = 330
 GAUSSIAN_BOUND_DB = 6.0206
 """dB per bit that no code of a Gaussian can beat (rate-distortion theory)."""
 
@@ -94,7 +95,7 @@ def spacing_chart(frame: pd.DataFrame, *, number: float) -> Any:
             tooltip=[alt.Tooltip("format:N", title="Format"), alt.Tooltip("value:Q", title="From", format=".4~g"), alt.Tooltip("spacing:Q", title="Spacing", format=".4~g")],
         )
     )  # fmt: skip
-    return _with_number(lines, number).properties(height=250, padding=PADDING)
+    return _with_number(lines, number).properties(height=CURVE_HEIGHT, padding=PADDING)
 
 
 def error_chart(frame: pd.DataFrame, *, number: float) -> Any:
@@ -109,7 +110,7 @@ def error_chart(frame: pd.DataFrame, *, number: float) -> Any:
             tooltip=[alt.Tooltip("format:N", title="Format"), alt.Tooltip("value:Q", title="Number", format=".4~g"), alt.Tooltip("relative_error:Q", title="Relative error", format=".3~g")],
         )
     )  # fmt: skip
-    return _with_number(lines, number).properties(height=250, padding=PADDING)
+    return _with_number(lines, number).properties(height=CURVE_HEIGHT, padding=PADDING)
 
 
 def _series(frame: pd.DataFrame) -> Any:
@@ -127,7 +128,7 @@ def _with_number(lines: Any, number: float) -> Any:
 
 LEFT = {"float8 e4m3", "float8 e5m2", "NF4", "MXFP4", "MXFP6 e2m3"}
 """Formats whose name stands left of its point, where a neighbour's stands right."""
-LOWER = {"int4": 9, "NVFP4": -8, "int2": 8, "NF4": -5, "ternary": -7, "MXFP6 e3m2": 10, "float8 e5m2": -8}
+LOWER = {"int6": -10, "int4": 9, "NVFP4": -8, "int2": 8, "NF4": -5, "ternary": -7, "MXFP6 e3m2": 10, "float8 e5m2": -8}
 """Formats whose name is moved down (pixels), out of a neighbour's way."""
 
 
@@ -168,4 +169,4 @@ def sqnr_chart(table: pd.DataFrame, *, column: str, chosen: str) -> Any:
         x="bits_per_weight:Q", y=alt.Y("bound:Q", title="SQNR (dB)")
     )  # fmt: skip
     layers = line + dots + ring + names if column == "gaussian_db" else dots + ring + names
-    return layers.properties(height=330, padding=PADDING)
+    return layers.properties(height=CURVE_HEIGHT, padding=PADDING)

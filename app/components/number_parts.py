@@ -255,25 +255,27 @@ def table(asked: Asked) -> None:
     frame = views.format_table(asked.rule)
     with st.container(border=True):
         card_head("Every format", frame, None, key="number_formats")
+        # As text: the browser prints float32's largest number with all its digits whatever the format says.
+        shown = frame.assign(largest=frame["largest"].map("{:.6g}".format))
         st.dataframe(
-            frame,
+            shown,
             hide_index=True,
             height="content",
             column_config={
-                "format": st.column_config.TextColumn("Format", pinned=True),
-                "family": "Family",
-                "bits": st.column_config.NumberColumn("Bits"),
-                "bits_per_weight": st.column_config.NumberColumn("Bits per weight", format="%.3f"),
-                "scale": st.column_config.TextColumn("Scale", width=230),
-                "largest": st.column_config.NumberColumn("Largest", format="%.4g"),
-                "smallest": st.column_config.NumberColumn("Smallest above 0", format="%.4g"),
-                "range_db": st.column_config.NumberColumn("Range (dB)", format="%.1f"),
-                "gaussian_db": st.column_config.NumberColumn("Gaussian SQNR (dB)", format="%.1f"),
-                "uniform_db": st.column_config.NumberColumn("Uniform SQNR (dB)", format="%.1f"),
+                "format": st.column_config.TextColumn("Format", pinned=True, width=105),
+                "family": st.column_config.TextColumn("Family", width=80),
+                "bits": st.column_config.NumberColumn("Bits", width=50),
+                "bits_per_weight": st.column_config.NumberColumn("Bits per weight", format="%.3f", width=105),
+                "scale": st.column_config.TextColumn("Scale", width=175),
+                "largest": st.column_config.TextColumn("Largest", width=105, alignment="right"),
+                "smallest": st.column_config.NumberColumn("Smallest above 0", format="%.4g", width=115),
+                "range_db": st.column_config.NumberColumn("Range (dB)", format="%.1f", width=85),
+                "gaussian_db": st.column_config.NumberColumn("Gaussian (dB)", format="%.1f", width=100),
+                "uniform_db": st.column_config.NumberColumn("Uniform (dB)", format="%.1f", width=95),
             },
             alt="Every number format with its bits, range and signal to noise",
         )
         st.caption(
-            "Largest and smallest are before scaling. SQNR is measured on 65,536 seeded numbers of width 1, each format "
-            "with blocks of its own, to about 0.1 dB."
+            "Largest and smallest are before scaling. Gaussian and uniform: the signal over the quantization noise (SQNR), measured "
+            "on 65,536 seeded numbers of width 1, each format with blocks of its own, to about 0.1 dB."
         )

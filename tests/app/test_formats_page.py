@@ -87,6 +87,12 @@ def test_the_line_has_two_ends_whatever_the_number(number, axis, zoom):
         assert len(line.values) < 3000
 
 
+@pytest.mark.parametrize("zoom", ["block", "near"])
+def test_a_number_below_every_value_is_on_the_logarithmic_line_too(zoom):
+    line = views.on_a_line(FORMATS["mxfp4"], 0.1, 3.0, "even", zoom=zoom, axis="log")
+    assert line.domain[0] < 0.1
+
+
 def test_a_word_instead_of_a_number_is_said_beneath_its_field(opened):
     app = opened("formats", number="pi")
     assert any("is no number" in plain(said.value) for said in app.markdown)

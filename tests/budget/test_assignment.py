@@ -10,6 +10,7 @@ import pytest
 from core.budget.allocation import OverBudget
 from core.budget.assignment import (
     allocate_readable,
+    least_losses,
     read_assignment,
     read_budget,
     read_tolerance,
@@ -104,6 +105,10 @@ def test_experts_share_one_format_among_themselves() -> None:
         {"int4": (4, 0.1), "int8": (8, 0.01)},
     )
     assert best(table, 16) == {"0.experts": "int4", "1.experts": "int4", "0.o": "int8"}
+    least = least_losses(table, [11, 12, 16, 20, 24], fixed_bytes=0, score="exact")
+    assert least == pytest.approx([math.inf, 0.3, 0.21, 0.12, 0.03]), (
+        "one hull for each format of the experts"
+    )
 
 
 def test_zero_points_stand_alone_and_win_where_they_are_better() -> None:
