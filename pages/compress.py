@@ -133,7 +133,9 @@ with st.container(border=True):
 
 # --- predictions, as soon as the model is open ----------------------------------------------------------
 with opening_slot:
-    card = settled(opening, key="open")
+    known, card = card, settled(opening, key="open")
+if known is None and card is not None:
+    st.rerun()  # what is above was drawn without it, and nothing else would draw it again
 with top:
     shown = recipe or offered[0].recipe
     script = recipe_script(shown, card.folder if card else model)

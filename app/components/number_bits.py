@@ -30,6 +30,9 @@ _CSS = """
 .field { display: flex; border-radius: 3px; overflow: hidden; flex: none; }
 .bit { width: 9.8px; text-align: center; font: 11px/17px var(--st-code-font); }
 .value { white-space: nowrap; }
+.table { container-type: inline-size; }
+@container (max-width: 600px) { .bit { width: 7px; } .bits { gap: 2px; } }
+@container (max-width: 420px) { .bits { overflow-x: auto; scrollbar-width: none; } .track { display: none; } }
 .off { display: flex; align-items: center; gap: 6px; font-size: 11.5px; white-space: nowrap; }
 .track { width: 36px; flex: none; } .track i { display: block; height: 4px; border-radius: 2px; min-width: 1px; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 14px; padding: 8px 8px 0; font: 12px var(--st-font); color: var(--st-text-color); }
@@ -95,7 +98,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   Object.keys(NAMES).filter((kind) => kinds.has(kind)).forEach((kind) => {
     const item = make("span"), chip = make("span", "chip"); chip.style.background = colors[kind]; item.append(chip, NAMES[kind]); legend.append(item);
   });
-  s.root.className = ""; s.root.replaceChildren(grid, legend);
+  s.root.className = "table"; s.root.replaceChildren(grid, legend);
   const pick = (el) => setTriggerValue("row", +el.dataset.i);
   list.onclick = (e) => { const t = e.target.closest(".row"); if (t) pick(t); };
   list.onkeydown = (e) => {
