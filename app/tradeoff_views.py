@@ -26,6 +26,15 @@ WHISKERS = 40
 """Front points whose intervals are drawn at most: more would hide the points."""
 BASE = "base"
 
+FRONT_SCRIPT = """from core.catalog.queries import tradeoff_frame
+from core.catalog.store import Catalog
+from core.tradeoff import pareto_front, usable
+
+frame = tradeoff_frame(Catalog(read_only=True), "BASE")
+front = pareto_front(frame, "bytes", "kl", eligible=usable(frame))
+print(frame[front.on_front])"""
+"""The points of the page's dashed line, without the page."""
+
 
 def method_domain(frame: pd.DataFrame) -> list[str]:
     """The methods of a base's variants in one fixed order, so that each keeps its colour whatever is filtered.

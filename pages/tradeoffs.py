@@ -28,14 +28,7 @@ ABOUT = About(
     "https://doi.org/10.1145/321906.321910",
 )
 
-REPRODUCE = Reproduction(
-    "from core.catalog.queries import tradeoff_frame\nfrom core.catalog.store import Catalog\n"
-    "from core.tradeoff import pareto_front, usable\n\n"
-    'frame = tradeoff_frame(Catalog(read_only=True), "BASE")\n'
-    'front = pareto_front(frame, "bytes", "kl", eligible=usable(frame))\n'
-    "print(frame[front.on_front])",
-    "slimscope compare --json",
-)
+REPRODUCE = Reproduction(tradeoff_views.FRONT_SCRIPT, "slimscope compare --json")
 
 heading("Trade-offs", about=ABOUT, reproduce=REPRODUCE)
 
@@ -54,9 +47,8 @@ if bases.empty:
 names = state.distinct(dict(zip(bases["id"], bases["name"], strict=True)))
 fitting = bases.loc[bases["source"] == state.model(), "id"]
 default = fitting.iloc[0] if len(fitting) else bases["id"].iloc[0]
-asked = st.query_params.get("base")
 together = among.among()
-asked = asked or among.base_of(together)
+asked = st.query_params.get("base") or among.base_of(together)
 base_id = asked if asked in names else default
 frame = engine.tradeoff_frame(base_id, engine.revision())
 said = engine.verdicts(base_id, engine.revision())
