@@ -57,8 +57,7 @@ def writable_catalog() -> Catalog:
 
 def revision() -> int:
     """A number that changes with every write to the catalog; the key of everything cached from it."""
-    number: int = catalog().revision()
-    return number
+    return catalog().revision()
 
 
 @st.cache_data(max_entries=16, show_spinner=False)
@@ -156,8 +155,7 @@ class Question:
         cls, source: str, method: Method, prompt: Prompt, settings: Settings, reference: str | None = None
     ) -> Question:
         """The call that these would make."""
-        values = canonical_json(settings.model_dump(mode="json"))
-        files = stamp(ModelRef.parse(source))
+        values, files = canonical_json(settings.model_dump(mode="json")), stamp(ModelRef.parse(source))
         if reference is not None:
             files += stamp(ModelRef.parse(reference))
         return cls(source, files, method.id, prompt, values, reference)
@@ -239,8 +237,7 @@ TOKENIZE_WAIT_S = 1.0
 
 @st.cache_data(max_entries=256, show_spinner=False)
 def _n_tokens(source: str, files: Stamp, text: str) -> int:
-    tokens = inspector().submit("tokenize", ModelRef.parse(source), text).result(timeout=TOKENIZE_WAIT_S)
-    return len(tokens)
+    return len(inspector().submit("tokenize", ModelRef.parse(source), text).result(timeout=TOKENIZE_WAIT_S))
 
 
 def n_tokens(source: str, text: str) -> int:
