@@ -40,8 +40,8 @@ PEERS = {
     "quanto": (8, 4, 2),
     "bitsandbytes": (8, 4),
     "torchao": (8,),
-    "auto_round": (4, 3, 2),
     "llm_compressor": (4, 3, 2),
+    "auto_round": (4, 3, 2),
 }
 FREE = ("rtn", "hqq")
 CALIBRATED = ("gptq", "awq", "learned_rounding")
@@ -147,6 +147,8 @@ def _recipes(arguments: argparse.Namespace) -> Iterator[tuple[str, float, Recipe
             label = f"{method} {'channel' if bits == 8 else 'g32 affine'}"
             if arguments.only in label:
                 yield label, bits, Recipe.of(method, **settings)
+            if method == "gptq" and arguments.only in (label := f"{label}, tables in 16 bits"):
+                yield label, bits, Recipe.of(method, **settings, embedding_bits=16)
 
 
 def _made(url: str, model: str, recipe: Recipe) -> tuple[dict[str, Any], float, int]:
