@@ -65,7 +65,10 @@ def predicted_bytes(card: Counted, recipe: Recipe) -> float | None:
     bits = dict.fromkeys(sizes.index, float(WIDTH.get(card.dtype, 32)))
     budget = None
     for step in recipe.steps:
-        left, stored = get("compress", step.method).left, step.parsed()
+        method, stored = get("compress", step.method), step.parsed()
+        left = method.left
+        if "moe" in method.needs and not card.anatomy.n_experts:
+            return None  # the step will be refused, or an earlier one makes the experts
         try:
             if left is not None:
                 shares = left(card.anatomy, stored)

@@ -188,7 +188,7 @@ def test_doctor_finds_no_problem_here(ask):
         (("probe", "logit_lens", "--model", "demo:smollm2", "--set", "top_k=0"), "top_k"),
         (("probe", "logit_lens", "--model", "demo:smollm2", "--set", "topk"), "--set key=value"),
         (("train", "tuned_lense", "--model", "demo:smollm2"), "tuned_lens"),
-        (("compress", "rtn", "--model", "demo:smollm2", "--set", "bits=5"), "bits"),
+        (("compress", "rtn", "--model", "demo:smollm2", "--set", "bits=9"), "bits"),
         (("run", "none.json", "--model", "demo:smollm2"), "none.json"),
         (("compare", "--base", "nobody"), "no base 'nobody'"),
         (("jobs", "cancel", "nobody"), "nobody"),

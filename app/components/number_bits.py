@@ -84,7 +84,6 @@ export default function ({ data, parentElement, setTriggerValue }) {
   const rows = data.rows.map((row, i) => {
     const el = make("div", i && row.width !== data.rows[i - 1].width ? "row first" : "row"), off = make("div", "off"), track = make("div", "track"), bar = make("i");
     el.setAttribute("role", "option"); el.setAttribute("aria-selected", String(i === data.selected)); el.dataset.i = i;
-    el.setAttribute("aria-label", `${row.title}: ${row.value}, ${row.off}`);
     el.tabIndex = i === data.selected ? 0 : -1;
     bar.style.width = `${100 * row.error}%`; bar.style.background = row.clipped ? "var(--st-red-color)" : "#F08C00";
     if (row.error > 0) track.append(bar);

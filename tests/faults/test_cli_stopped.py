@@ -95,12 +95,12 @@ STOPPED = "slimscope: stopped; what was finished is in the catalog\n"
 
 
 def test_a_run_that_is_stopped_three_times(run: Callable[[], Command], fresh: Catalog) -> None:
-    code, out, err = run().stop("_fresh_load.py", signal.SIGINT)
+    code, out, err = run().stop("fresh_load.py", signal.SIGINT)
     assert (code, out, err) == (130, "", STOPPED)
     assert half_written(fresh) == [], "an interrupted command cleans up"
     assert [variant.recipe for variant in fresh.variants()] == [None]
 
-    code, out, _ = run().stop("_fresh_load.py", signal.SIGKILL)
+    code, out, _ = run().stop("fresh_load.py", signal.SIGKILL)
     assert (code, out) == (-9, "")
     assert [variant.recipe for variant in fresh.variants()] == [None], "only the base is listed"
     assert_whole(fresh)

@@ -157,7 +157,9 @@ def test_a_model_without_processor_is_refused(tmp_path: Path) -> None:
 
 
 def _takes(loaded: LoadedModel) -> list[str]:
-    return [id_ for id_, m in methods("probe").items() if not loaded.missing_needs(m.needs)]
+    """The probes of this model that look at the prompt."""
+    fitting = [(id_, m) for id_, m in methods("probe").items() if not loaded.missing_needs(m.needs)]
+    return [id_ for id_, m in fitting if m.parse({}).reads_prompt]
 
 
 @pytest.mark.parametrize("id_", _takes(tiny_model("vit")))
