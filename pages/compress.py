@@ -123,7 +123,6 @@ with st.container(border=True):
         go.button(
             "Make variant",
             icon=":material/add:",
-            type="primary",
             disabled=recipe is None or measured is None,
             on_click=make,
             args=([recipe],),

@@ -146,3 +146,9 @@ def test_no_path_of_one_machine_in_the_tree():
         ):
             lines = path.read_text(errors="ignore").splitlines()
             assert not [line for line in lines if any(home in line for home in homes)], name
+
+
+def test_no_button_is_of_type_primary():
+    """White on the dark theme's accent is too faint to read (see .streamlit/config.toml)."""
+    for path in [*(ROOT / "app").rglob("*.py"), *(ROOT / "pages").rglob("*.py")]:
+        assert 'type="primary"' not in path.read_text(), path

@@ -200,7 +200,7 @@ def plan_cards(
                 st.caption(esc(told(plan.recipe)))
                 st.button(
                     "Make variant", key=f"make_{key}", icon=":material/add:", width="stretch",
-                    type="primary" if plan is found[0] else "secondary", on_click=make, args=([plan.recipe],),
+                    on_click=make, args=([plan.recipe],),
                 )  # fmt: skip
                 st.button(
                     "Edit its steps", key=f"edit_{key}", icon=":material/edit:", width="stretch", type="tertiary",

@@ -128,7 +128,16 @@ def _with_number(lines: Any, number: float) -> Any:
 
 LEFT = {"float8 e4m3", "float8 e5m2", "NF4", "MXFP4", "MXFP6 e2m3"}
 """Formats whose name stands left of its point, where a neighbour's stands right."""
-LOWER = {"int6": -10, "int4": 9, "NVFP4": -8, "int2": 8, "NF4": -5, "ternary": -7, "MXFP6 e3m2": 10, "float8 e5m2": -8}
+LOWER = {
+    "int6": -10,
+    "int4": 9,
+    "NVFP4": -8,
+    "int2": 8,
+    "NF4": -5,
+    "ternary": -7,
+    "MXFP6 e3m2": 10,
+    "float8 e5m2": -8,
+}
 """Formats whose name is moved down (pixels), out of a neighbour's way."""
 
 

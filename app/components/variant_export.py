@@ -35,7 +35,6 @@ def variant_export(variant: Variant) -> None:
         settings = forms.settings_form(method, prefix=f"export_{chosen}", columns=1, bind=False)
         st.button(
             "Export",
-            type="primary",
             disabled=settings is None,
             key="export_go",
             on_click=_queue,
