@@ -26,7 +26,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from core.calibrate.walk import calibration_windows
+from core.calibrate.windows import calibration_windows
 from core.lazy import torch
 from core.models.loaded import LoadedModel
 from core.models.open import open_model

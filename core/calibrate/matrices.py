@@ -17,7 +17,7 @@ from core.models.anatomy import Block
 from core.models.experts import is_transposed
 from core.models.loaded import LoadedModel
 from core.models.sizes import Component
-from core.models.targets import Layout, Target, targets
+from core.models.targets import Layout, Target, projection_of, targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +52,11 @@ class Matrix:
     def module(self) -> str:
         """Module path, or the fused parameter's own name: the key of ``LoadedModel.packed``."""
         return self.name.removesuffix(".weight")
+
+    @property
+    def projection(self) -> str:
+        """What it is called within its block."""
+        return projection_of(self.module)
 
     @property
     def label(self) -> str:

@@ -21,17 +21,16 @@ from core.calibrate.block_file import read_block, write_block
 from core.calibrate.collected import Gatherer, Inputs, Statistic
 from core.calibrate.matrices import matrices
 from core.calibrate.stage import TOKENS_AT_ONCE, Enough, Stage, Tick
-from core.calibrate.windows import calibration_windows
+from core.calibrate.windows import Sampling
 from core.lazy import torch, transformers
 from core.models.anatomy import Anatomy, Block
 from core.models.fp32_path import fast_fp32
 from core.models.loaded import LoadedModel
+from core.registry import CostOf
 from core.types import Cost, Progress, content_hash, part_of
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["Change", "Collected", "calibration_windows", "walk", "walk_cost"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,16 +91,14 @@ def walk(
     return reports
 
 
-def walk_cost(
-    anatomy: Anatomy, *, samples: int, sample_tokens: int, collect: Iterable[Statistic], passes: float = 2
-) -> Cost:
-    """What a walk takes: passes over every window, and memory beside the model.
+def walk_cost(anatomy: Anatomy, settings: Sampling, *, collect: Iterable[Statistic]) -> Cost:
+    """What a walk takes: two passes over every window, and memory beside the model.
 
     XᵀX is counted as half a pass: it is about half as many products as the matrices that read X.
     """
-    length = min(sample_tokens, anatomy.context_length)
+    length = min(settings.sample_tokens, anatomy.context_length)
     gram = "gram" in frozenset(collect)
-    stream = samples * length * anatomy.d_model * 4
+    stream = settings.samples * length * anatomy.d_model * 4
     batch = (
         max(TOKENS_AT_ONCE, length)
         * (8 * anatomy.d_model + 4 * anatomy.d_ff * max(1, anatomy.experts_per_token))
@@ -110,7 +107,12 @@ def walk_cost(
     squares = anatomy.d_model**2 + anatomy.d_ff**2
     grams = (2 * anatomy.d_model**2 + max(1, anatomy.n_experts) * squares) * 4 if gram else 0
     block = (4 * anatomy.d_model**2 + 3 * anatomy.d_model * anatomy.d_ff * max(1, anatomy.n_experts)) * 4
-    return Cost(samples * (passes + 0.5 * gram), stream + batch + 2 * grams + block)
+    return Cost(settings.samples * (2 + 0.5 * gram), stream + batch + 2 * grams + block)
+
+
+def cost_of_walk(*collect: Statistic) -> CostOf:
+    """The ``cost`` of a step that is one walk with these statistics."""
+    return lambda anatomy, n_tokens, settings: walk_cost(anatomy, settings, collect=collect)
 
 
 def _collect(

@@ -9,7 +9,7 @@ Legend: ``B`` windows, ``P`` positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from core.errors import BadInput
 from core.lazy import torch
@@ -22,6 +22,61 @@ if TYPE_CHECKING:
 
 MIN_WINDOWS = 8
 """Fewer are refused, unless fewer were asked for."""
+
+
+class Sampling(Protocol):
+    """Settings that say how much calibration text a step reads."""
+
+    @property
+    def samples(self) -> int:
+        """Windows at most."""
+
+    @property
+    def sample_tokens(self) -> int:
+        """Tokens of a window, at most the context length."""
+
+    @property
+    def seed(self) -> int:
+        """Which windows, where the text has more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What a step reads, and what its result says of it."""
+
+    documents: Documents
+    windows_BP: Tensor
+    asked: int
+    """Windows that the settings asked for."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Of all windows."""
+        return self.windows_BP.numel()
+
+    @property
+    def shortage(self) -> str:
+        """One sentence where the text gave fewer windows than were asked for; else empty."""
+        return shortage_note(self.windows_BP, self.asked, self.documents)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """For ``Provenance.inputs``."""
+        return {"calibration": self.documents.fingerprint}
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """For ``Provenance.conditions``."""
+        return {"calibration": self.documents.name, "calibration_tokens": self.n_tokens}
+
+
+def read_calibration(loaded: LoadedModel, documents: Documents | None, settings: Sampling) -> Calibration:
+    """The windows that a step's settings ask for; raises as ``calibration_windows`` does."""
+    assert documents is not None, "the registry's `needs` bring calibration text"
+    windows_BP = calibration_windows(
+        loaded, documents, samples=settings.samples, sample_tokens=settings.sample_tokens, seed=settings.seed
+    )
+    return Calibration(documents, windows_BP, settings.samples)
 
 
 def calibration_windows(

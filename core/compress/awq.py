@@ -11,20 +11,18 @@ import pandas as pd
 from pydantic import Field
 
 from core.calibrate.walk import Collected, walk, walk_cost
-from core.calibrate.windows import calibration_windows, shortage_note
+from core.calibrate.windows import Calibration, read_calibration
 from core.lazy import torch
 from core.models.loaded import LoadedModel
 from core.models.targets import targets
-from core.quantize.awq_block import AwqBlock, AwqOptions, put_outside
-from core.quantize.grid import GridSettings, assign, grid_notes
+from core.quantize.awq_block import AwqBlock, AwqOptions
+from core.quantize.grid import GridSettings, assign, grid_notes, put_nearest
 from core.registry import method
 from core.saving.report import VIEWS, headline, table, untouched_note
 from core.types import Cost, Documents, Metric, Progress, Provenance, Result, View
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from torch import Tensor
 
     from core.models.anatomy import Anatomy, Block
     from core.numerics.schemes import Scheme
@@ -74,9 +72,7 @@ class AwqSettings(GridSettings):
 
 
 def _cost(anatomy: Anatomy, n_tokens: int, settings: AwqSettings) -> Cost:
-    walked = walk_cost(
-        anatomy, samples=settings.samples, sample_tokens=settings.sample_tokens, collect=["gram", "mean_abs"]
-    )
+    walked = walk_cost(anatomy, settings, collect=["gram", "mean_abs"])
     # Candidates are judged on weights, not on tokens: each takes about as long as so many tokens through the model.
     length = min(settings.sample_tokens, anatomy.context_length)
     searched = (settings.scale_steps + settings.clip_steps) * TOKENS_PER_CANDIDATE / length
@@ -106,17 +102,9 @@ def run(
     H = XᵀX. r = 0 is round-to-nearest, so no layer is worse on that text. Then every group's range is clipped and its
     scale refitted where that moves the outputs less. Blocks go in order, each calibrated on what the ones before give.
     """
-    assert calibration is not None, "the registry's `needs` bring calibration text"
     started = time.monotonic()
     schemes = assign(loaded, settings)
-    windows_BP = calibration_windows(
-        loaded,
-        calibration,
-        samples=settings.samples,
-        sample_tokens=settings.sample_tokens,
-        seed=settings.seed,
-    )
-
+    text = read_calibration(loaded, calibration, settings)
     options = AwqOptions(
         settings.scale_steps, settings.duo, settings.clip_steps, settings.max_shrink, settings.refits,
         settings.rounding == "gptq", settings.damping,
@@ -127,20 +115,17 @@ def run(
 
     with loaded.lock, torch.inference_mode():
         reports = walk(
-            loaded, windows_BP, change, collect=["gram", "mean_abs"], progress=progress, scratch=scratch
+            loaded, text.windows_BP, change, collect=["gram", "mean_abs"], progress=progress, scratch=scratch
         )
         rows = [row for report in reports for row in report["rows"]]
-        rows += [put_outside(loaded, t, schemes.get(t.name)) for t in targets(loaded) if t.layer is None]
-    return _result(
-        loaded, settings, calibration, windows_BP, rows, reports, schemes, time.monotonic() - started
-    )
+        rows += [put_nearest(loaded, t, schemes.get(t.name)) for t in targets(loaded) if t.layer is None]
+    return _result(loaded, settings, text, rows, reports, schemes, time.monotonic() - started)
 
 
 def _result(
     loaded: LoadedModel,
     settings: AwqSettings,
-    calibration: Documents,
-    windows_BP: Tensor,
+    text: Calibration,
     rows: list[dict[str, Any]],
     reports: list[dict[str, Any]],
     schemes: Mapping[str, Scheme],
@@ -154,7 +139,7 @@ def _result(
     unreached = int((losses["tokens"] == 0).sum())
     left = float(losses["loss"].sum() / losses["loss_nearest"].sum())
     notes = (
-        shortage_note(windows_BP, settings.samples, calibration),
+        text.shortage,
         f"{unreached} matrices of experts that no token reached were rounded to nearest."
         if unreached
         else "",
@@ -167,13 +152,12 @@ def _result(
         (LOSS_VIEW, *VIEWS, *([SCALE_VIEW] if len(scales) else [])),
         (
             Metric("output_loss_left", left, "", "lower", n=len(losses)),
-            Metric("calibration_tokens", windows_BP.numel(), "tokens", "higher"),
+            Metric("calibration_tokens", text.n_tokens, "tokens", "higher"),
             *headline(frame),
         ),
         Provenance(
-            "awq", settings.model_dump(), loaded.fingerprint, inputs={"calibration": calibration.fingerprint},
+            "awq", settings.model_dump(), loaded.fingerprint, inputs=text.inputs, conditions=text.conditions,
             dtype=loaded.dtype, device=loaded.device, seconds=seconds,
-            conditions={"calibration": calibration.name, "calibration_tokens": windows_BP.numel()},
             exactness_gap=max(report["gap"] for report in reports),
             exactness_check="output of each block after folding scales, before rounding, relative",
         ),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from pydantic import Field
 
-from core.calibrate.walk import calibration_windows, walk_cost
-from core.calibrate.windows import shortage_note
+from core.calibrate.walk import cost_of_walk
+from core.calibrate.windows import read_calibration
 from core.lazy import torch
 from core.models.loaded import LoadedModel
 from core.models.targets import targets
@@ -21,10 +21,7 @@ from core.quantize.stacks import GPTQ, GptqOptions
 from core.registry import method
 from core.saving.layout import refuse_fused_on_disk
 from core.saving.report import VIEWS, headline, table, untouched_note
-from core.types import Cost, Documents, Metric, Progress, Provenance, Result, View
-
-if TYPE_CHECKING:
-    from core.models.anatomy import Anatomy
+from core.types import Documents, Metric, Progress, Provenance, Result, View
 
 
 class GptqSettings(GridSettings):
@@ -48,18 +45,12 @@ class GptqSettings(GridSettings):
     seed: int = Field(default=0, ge=0, le=1_000_000, description="Which windows, where the text has more")
 
 
-def _cost(anatomy: Anatomy, n_tokens: int, settings: GptqSettings) -> Cost:
-    return walk_cost(
-        anatomy, samples=settings.samples, sample_tokens=settings.sample_tokens, collect=["gram"]
-    )
-
-
 @method(
     "compress",
     title="GPTQ",
     needs=["text", "calibration"],
     paper="https://arxiv.org/abs/2210.17323",
-    cost=_cost,
+    cost=cost_of_walk("gram"),
     group="quantize",
 )
 def run(
@@ -77,37 +68,29 @@ def run(
     rounding to nearest would have moved less, is rounded to nearest, and said so. Embedding and head are rounded to
     nearest on their own bits.
     """
-    assert calibration is not None, "the registry's `needs` bring calibration text"
     started = time.monotonic()
     schemes = assign(loaded, settings)
     refuse_fused_on_disk(loaded, schemes)
-    windows_BP = calibration_windows(
-        loaded,
-        calibration,
-        samples=settings.samples,
-        sample_tokens=settings.sample_tokens,
-        seed=settings.seed,
-    )
+    text = read_calibration(loaded, calibration, settings)
     options = GptqOptions(settings.damping, settings.act_order, settings.fit_grid)
     with loaded.lock, torch.inference_mode():
         rows, lines = quantize_blocks(
-            loaded, windows_BP, schemes, options, progress=progress, scratch=scratch
+            loaded, text.windows_BP, schemes, options, progress=progress, scratch=scratch
         )
     frame, layers = table(rows), layer_table(lines)
     notes = (
         *layer_notes(layers, settings.damping),
-        shortage_note(windows_BP, settings.samples, calibration),
+        text.shortage,
         untouched_note(frame),
         *grid_notes(targets(loaded), schemes.values(), symmetric=settings.grid.symmetric),
     )
     return Result(
         {"main": frame, "layers": layers},
         (LAYER_VIEW, *VIEWS),
-        (*layer_metrics(layers, windows_BP.numel()), *headline(frame)),
+        (*layer_metrics(layers, text.n_tokens), *headline(frame)),
         Provenance(
             "gptq", settings.model_dump(mode="json"), loaded.fingerprint,
-            inputs={"calibration": calibration.fingerprint}, dtype=loaded.dtype, device=loaded.device,
-            conditions={"calibration": calibration.name, "calibration_tokens": windows_BP.numel()},
+            inputs=text.inputs, conditions=text.conditions, dtype=loaded.dtype, device=loaded.device,
             seconds=time.monotonic() - started,
         ),
         tuple(note for note in notes if note),

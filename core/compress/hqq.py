@@ -118,11 +118,10 @@ def fitted(
 
 
 def _line(target: Target, curve: list[float]) -> dict[str, object]:
-    inside = target.module.split(".")
     return {
         "module": target.module,
         "layer": target.layer,
-        "projection": ".".join(part for part in inside[-2:] if not part.isdigit()),
+        "projection": target.projection,
         "iterations": len(curve) - 2,
         "error_nearest": curve[0],
         "error": curve[-1],

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from pydantic import Field
 
-from core.calibrate.walk import Collected, calibration_windows, walk, walk_cost
-from core.calibrate.windows import shortage_note
+from core.calibrate.walk import Collected, walk, walk_cost
+from core.calibrate.windows import read_calibration
 from core.errors import CannotCompress, CannotMeasure
 from core.lazy import torch
 from core.models.gradients import differentiable, require_gradients
 from core.models.loaded import LoadedModel
 from core.models.targets import Target, targets
 from core.numerics.schemes import IntegerScheme, Scheme
-from core.quantize.grid import GridSettings, assign, grid_notes, put, rounded
+from core.quantize.grid import GridSettings, assign, grid_notes, put, put_nearest, rounded
 from core.quantize.learned import Rounding
 from core.registry import method
 from core.saving.layout import refuse_fused_on_disk
@@ -54,7 +54,7 @@ class LearnedRoundingSettings(GridSettings):
 
 def _cost(anatomy: Anatomy, n_tokens: int, settings: LearnedRoundingSettings) -> Cost:
     """Three passes per update (a backward pass is two), and the checks; activations of a whole batch are held."""
-    walked = walk_cost(anatomy, samples=settings.samples, sample_tokens=settings.sample_tokens, collect=[])
+    walked = walk_cost(anatomy, settings, collect=[])
     length = min(settings.sample_tokens, anatomy.context_length)
     tokens = settings.batch * length
     held = tokens * (12 * anatomy.d_model + 6 * anatomy.d_ff * max(1, anatomy.experts_per_token)) * 4
@@ -88,34 +88,26 @@ def run(
     which is rounding to nearest, and on the way; the best state is kept, so that no block is worse than round-to-nearest
     there. The dearest of these methods, meant for 2 and 3 bits. Embedding and head are rounded to nearest.
     """
-    assert calibration is not None, "the registry's `needs` bring calibration text"
     started = time.monotonic()
     schemes = assign(loaded, settings)
     refuse_fused_on_disk(loaded, schemes)
-    windows_BP = calibration_windows(
-        loaded,
-        calibration,
-        samples=settings.samples,
-        sample_tokens=settings.sample_tokens,
-        seed=settings.seed,
-    )
+    text = read_calibration(loaded, calibration, settings)
     with loaded.lock:
         _refuse_without_gradients(loaded)
-        rows, blocks = _learn_blocks(loaded, windows_BP, schemes, settings, progress, scratch)
+        rows, blocks = _learn_blocks(loaded, text.windows_BP, schemes, settings, progress, scratch)
     frame, curve = table(rows), pd.DataFrame(blocks)
     notes = (
-        shortage_note(windows_BP, settings.samples, calibration),
+        text.shortage,
         untouched_note(frame),
         *grid_notes(targets(loaded), schemes.values(), symmetric=settings.grid.symmetric),
     )
     return Result(
         {"main": frame, "blocks": curve},
         (CURVE_VIEW, *VIEWS),
-        (*_metrics(curve, windows_BP.numel()), *headline(frame)),
+        (*_metrics(curve, text.n_tokens), *headline(frame)),
         Provenance(
             "learned_rounding", settings.model_dump(mode="json"), loaded.fingerprint,
-            inputs={"calibration": calibration.fingerprint}, dtype=loaded.dtype, device=loaded.device,
-            conditions={"calibration": calibration.name, "calibration_tokens": windows_BP.numel()},
+            inputs=text.inputs, conditions=text.conditions, dtype=loaded.dtype, device=loaded.device,
             seconds=time.monotonic() - started,
         ),
         tuple(note for note in notes if note),
@@ -134,7 +126,7 @@ def _learn_blocks(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
     """Every tensor's line of the report, in the model's order, and every measured loss of every block."""
     todo = targets(loaded)
-    rows = [_put_nearest(loaded, t, schemes.get(t.name)) for t in todo if t.layer is None]
+    rows = [put_nearest(loaded, t, schemes.get(t.name)) for t in todo if t.layer is None]
 
     def change(block: Block, collected: Collected) -> dict[str, Any]:
         mine = [target for target in todo if target.layer == block.index]
@@ -144,7 +136,7 @@ def _learn_blocks(
         lines = []
         for target in mine:
             if target.name not in roundings:
-                lines.append(_put_nearest(loaded, target, schemes.get(target.name)))
+                lines.append(put_nearest(loaded, target, schemes.get(target.name)))
                 continue
             before = loaded.model.get_parameter(target.name).data
             lines.append(put(loaded, target, roundings[target.name].packed(), before))
@@ -243,11 +235,6 @@ class _Learning:
 def _nearest(loaded: LoadedModel, target: Target, scheme: Scheme) -> Rounding:
     weight = loaded.model.get_parameter(target.name).data
     return Rounding.nearest(weight, rounded(target, weight, scheme))
-
-
-def _put_nearest(loaded: LoadedModel, target: Target, scheme: Scheme | None) -> dict[str, Any]:
-    before = loaded.model.get_parameter(target.name).data
-    return put(loaded, target, None if scheme is None else rounded(target, before, scheme), before)
 
 
 def _refuse_without_gradients(loaded: LoadedModel) -> None:

@@ -10,8 +10,8 @@ import pandas as pd
 from pydantic import Field
 
 from core.calibrate.matrices import Matrix, matrices
-from core.calibrate.walk import Collected, walk, walk_cost
-from core.calibrate.windows import calibration_windows, shortage_note
+from core.calibrate.walk import Collected, cost_of_walk, walk
+from core.calibrate.windows import read_calibration
 from core.errors import BadInput, CannotCompress
 from core.lazy import torch
 from core.models.loaded import LoadedModel
@@ -20,12 +20,12 @@ from core.reshape.rebuilt import built, edited_config, filled, probe_output, ref
 from core.reshape.structure import Inventory, structural_result
 from core.reshape.value_rank import truncated
 from core.saving.storable import storable
-from core.types import Cost, Documents, Metric, Progress, Result, View, part_of
+from core.types import Documents, Metric, Progress, Result, View, part_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from core.models.anatomy import Anatomy, Block
+    from core.models.anatomy import Block
 
 STEP = 8
 """Value dimensions left are a multiple of this, as attention kernels want."""
@@ -54,18 +54,12 @@ class LowRankSettings(Settings):
     seed: int = Field(default=0, ge=0, le=1_000_000, description="Seed of the choice of windows")
 
 
-def _cost(anatomy: Anatomy, n_tokens: int, settings: LowRankSettings) -> Cost:
-    return walk_cost(
-        anatomy, samples=settings.samples, sample_tokens=settings.sample_tokens, collect=["gram"]
-    )
-
-
 @method(
     "compress",
     title="Low rank",
     needs=["decoder", "text", "calibration"],
     paper="https://arxiv.org/abs/2403.07378",
-    cost=_cost,
+    cost=cost_of_walk("gram"),
     group="prune",
 )
 def run(
@@ -83,26 +77,24 @@ def run(
     product of rank k, in the error of what heads write on text (SVD of O_h G_h^½, G_h = Σ z zᵀ of the values z), is then
     a model with v_head_dim = k that plain transformers loads, smaller and quicker.
     """
-    assert calibration is not None, "the registry's `needs` bring calibration text"
     loaded.refuse_if_packed()
     wide, rank = _refuse_others(loaded, settings)
     config = edited_config(loaded, {"v_head_dim": rank})
     with loaded.lock, torch.inference_mode():
         built(loaded, config)  # refused before anything is changed
-        windows_BP = calibration_windows(
-            loaded,
-            calibration,
-            samples=settings.samples,
-            sample_tokens=settings.sample_tokens,
-            seed=settings.seed,
-        )
+        text = read_calibration(loaded, calibration, settings)
         before, as_stored = Inventory.of(loaded), storable(loaded)
 
         def change(block: Block, collected: Collected) -> list[float]:
             return _lower(loaded, block, collected, rank, settings, as_stored)
 
         errors = walk(
-            loaded, windows_BP, change, collect=["gram"], progress=part_of(progress, 0, 0.9), scratch=scratch
+            loaded,
+            text.windows_BP,
+            change,
+            collect=["gram"],
+            progress=part_of(progress, 0, 0.9),
+            scratch=scratch,
         )
         model, gap = _narrower(loaded, config, wide, rank)
     loaded.become(model)
@@ -120,10 +112,10 @@ def run(
         ],
         notes=[
             f"Every head keeps {rank} of {wide} value dimensions.",
-            shortage_note(windows_BP, settings.samples, calibration),
+            text.shortage,
         ],
-        inputs={"calibration": calibration.fingerprint},
-        conditions={"calibration": calibration.name, "calibration_tokens": windows_BP.numel()},
+        inputs=text.inputs,
+        conditions=text.conditions,
         exactness_gap=gap,
         exactness_check="output against the same model with the removed dimensions at zero, largest relative difference",
     )

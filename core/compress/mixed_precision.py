@@ -16,7 +16,8 @@ from core.budget.groups import FileSizes, WeightGroup, weight_groups
 from core.budget.reruns import INTERVAL, Reruns, equal_windows
 from core.budget.sensitivity import gradients_of, table
 from core.budget.spending import schemes_of, store_by_gptq, store_in_stages
-from core.calibrate.walk import calibration_windows, walk_cost
+from core.calibrate.walk import walk_cost
+from core.calibrate.windows import read_calibration
 from core.errors import BadInput, CannotCompress
 from core.models.fp32_path import fast_fp32
 from core.models.sizes import Component
@@ -117,9 +118,7 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: MixedPrecisionSettings) -> 
     judged = tokens / max(1, n_tokens) * (6 + STAGES + parts * tried / 2)
     if settings.quantizer == "rtn":
         return Cost(judged, kept + gradients)
-    walked = walk_cost(
-        anatomy, samples=settings.samples, sample_tokens=settings.sample_tokens, collect=["gram"]
-    )
+    walked = walk_cost(anatomy, settings, collect=["gram"])
     return Cost(judged + walked.forwards, kept + max(gradients, walked.extra_bytes))
 
 
@@ -160,10 +159,7 @@ def run(
         chosen, promised = _chosen(loaded, groups, cells, settings)
         rest = part_of(progress, 0.7, 1.0)
         if settings.quantizer == "gptq":
-            windows_BP = calibration_windows(
-                loaded, calibration, samples=settings.samples, sample_tokens=settings.sample_tokens,
-                seed=settings.seed,
-            )  # fmt: skip
+            windows_BP = read_calibration(loaded, calibration, settings).windows_BP
             rows, curve = store_by_gptq(
                 loaded, groups, chosen, settings.score, reruns, windows_BP, scratch=scratch, progress=rest
             )

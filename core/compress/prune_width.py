@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from core.calibrate.walk import walk_cost
-from core.calibrate.windows import calibration_windows, shortage_note
+from core.calibrate.windows import read_calibration
 from core.errors import BadInput, CannotCompress
 from core.lazy import torch
 from core.models.fp32_path import fast_fp32
@@ -90,9 +90,7 @@ class PruneWidthSettings(Settings):
 def _cost(anatomy: Anatomy, n_tokens: int, settings: PruneWidthSettings) -> Cost:
     forwards, extra = 3.0, 0
     if settings.walks:
-        taken = walk_cost(
-            anatomy, samples=settings.samples, sample_tokens=settings.sample_tokens, collect=["gram"]
-        )
+        taken = walk_cost(anatomy, settings, collect=["gram"])
         forwards, extra = forwards + taken.forwards, taken.extra_bytes
     elif settings.reads_text:
         forwards += settings.samples * (2 if settings.compensate else 1)
@@ -221,15 +219,8 @@ def _windows(
     """Calibration windows where text is looked at, and a note where there were fewer than asked for."""
     if not settings.reads_text:
         return None, ""
-    assert calibration is not None, "the registry's `needs` bring calibration text"
-    windows_BP = calibration_windows(
-        loaded,
-        calibration,
-        samples=settings.samples,
-        sample_tokens=settings.sample_tokens,
-        seed=settings.seed,
-    )
-    return windows_BP, shortage_note(windows_BP, settings.samples, calibration)
+    text = read_calibration(loaded, calibration, settings)
+    return text.windows_BP, text.shortage
 
 
 def _refuse_unusable(loaded: LoadedModel, settings: PruneWidthSettings) -> None:

@@ -6,7 +6,7 @@ import time
 
 from core.models.loaded import LoadedModel
 from core.models.targets import targets
-from core.quantize.grid import GridSettings, assign, grid_notes, put, rounded
+from core.quantize.grid import GridSettings, assign, grid_notes, put_nearest
 from core.registry import method
 from core.saving.report import VIEWS, headline, table, untouched_note
 from core.types import Documents, Progress, Provenance, Result
@@ -33,9 +33,7 @@ def run(
     rows = []
     for done, target in enumerate(todo):
         progress(done, len(todo), f"rounding {target.module}")
-        weight = loaded.model.get_parameter(target.name).data
-        scheme = schemes.get(target.name)
-        rows.append(put(loaded, target, None if scheme is None else rounded(target, weight, scheme), weight))
+        rows.append(put_nearest(loaded, target, schemes.get(target.name)))
     frame = table(rows)
     notes = (
         untouched_note(frame),

@@ -11,21 +11,20 @@ import pandas as pd
 from pydantic import Field
 
 from core.calibrate.matrices import matrices
-from core.calibrate.walk import Collected, walk, walk_cost
-from core.calibrate.windows import calibration_windows, shortage_note
+from core.calibrate.walk import Collected, cost_of_walk, walk
+from core.calibrate.windows import read_calibration
 from core.errors import CannotCompress
 from core.lazy import torch
 from core.models.loaded import LoadedModel
 from core.models.targets import targets
 from core.numerics.activations import ActivationScheme
 from core.numerics.schemes import FloatScheme, IntegerScheme, Scheme
-from core.quantize.awq_block import put_outside
-from core.quantize.grid import Formats, bits_per_value, lay_out, put, refuse_packed, rounded
+from core.quantize.grid import Formats, bits_per_value, lay_out, put, put_nearest, refuse_packed, rounded
 from core.quantize.scaling_places import Place, places, unchanged
 from core.registry import Settings, method
 from core.saving.description import refuse_mixture
 from core.saving.report import VIEWS, headline, table, untouched_note
-from core.types import Cost, Documents, Metric, Progress, Provenance, Result, View
+from core.types import Documents, Metric, Progress, Provenance, Result, View
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,21 +81,12 @@ class SmoothquantSettings(Settings):
         return {**dict.fromkeys(("attention", "mlp", "experts", "shared_expert"), grid), **tables}
 
 
-def _cost(anatomy: Anatomy, n_tokens: int, settings: SmoothquantSettings) -> Cost:
-    return walk_cost(
-        anatomy,
-        samples=settings.samples,
-        sample_tokens=settings.sample_tokens,
-        collect=["max_abs", "mean_abs"],
-    )
-
-
 @method(
     "compress",
     title="SmoothQuant",
     needs=["text", "calibration"],
     paper="https://arxiv.org/abs/2211.10438",
-    cost=_cost,
+    cost=cost_of_walk("max_abs", "mean_abs"),
     group="quantize",
 )
 def run(
@@ -114,30 +104,28 @@ def run(
     compressed-tensors' words, and plain transformers rounds inputs likewise, in floats: the loss is real, the speed of
     8-bit kernels is not there. Inputs of embedding, head, routers and fused experts are not rounded.
     """
-    assert calibration is not None, "the registry's `needs` bring calibration text"
     started = time.monotonic()
     refuse_packed(loaded)
     schemes = lay_out(loaded, Formats(GRID, GRID, settings.table, settings.table))
     if settings.activations != "none":
         _refuse_conv1d(loaded)
         refuse_mixture(loaded, schemes, dict.fromkeys(_layers(loaded), ActivationScheme()))
-    windows_BP = calibration_windows(
-        loaded,
-        calibration,
-        samples=settings.samples,
-        sample_tokens=settings.sample_tokens,
-        seed=settings.seed,
-    )
+    text = read_calibration(loaded, calibration, settings)
 
     def change(block: Block, collected: Collected) -> dict[str, Any]:
         return _smooth_and_round(loaded, block, collected, schemes, settings)
 
     with loaded.lock, torch.inference_mode():
         reports = walk(
-            loaded, windows_BP, change, collect=["max_abs", "mean_abs"], progress=progress, scratch=scratch
+            loaded,
+            text.windows_BP,
+            change,
+            collect=["max_abs", "mean_abs"],
+            progress=progress,
+            scratch=scratch,
         )
         rows = [row for report in reports for row in report["rows"]]
-        rows += [put_outside(loaded, t, schemes.get(t.name)) for t in targets(loaded) if t.layer is None]
+        rows += [put_nearest(loaded, t, schemes.get(t.name)) for t in targets(loaded) if t.layer is None]
     inputs = pd.DataFrame([line for report in reports for line in report["inputs"]]).astype(
         {"expert": "Int64"}
     )
@@ -148,7 +136,7 @@ def run(
             loaded.round_inputs(module, ActivationScheme(scale))
     frame = table(rows)
     notes = (
-        shortage_note(windows_BP, settings.samples, calibration),
+        text.shortage,
         "A tensor's error is that of rounding: against the weight after scales were folded into it.",
         _experts_note(loaded, settings),
         ""
@@ -165,9 +153,8 @@ def run(
             *headline(frame),
         ),
         Provenance(
-            "smoothquant", settings.model_dump(), loaded.fingerprint, inputs={"calibration": calibration.fingerprint},
+            "smoothquant", settings.model_dump(), loaded.fingerprint, inputs=text.inputs, conditions=text.conditions,
             dtype=loaded.dtype, device=loaded.device, seconds=time.monotonic() - started,
-            conditions={"calibration": calibration.name, "calibration_tokens": windows_BP.numel()},
             exactness_gap=max(report["gap"] for report in reports),
             exactness_check="output of each block after folding scales, before rounding, relative",
         ),
@@ -230,7 +217,7 @@ def _smooth_and_round(
         {
             "module": matrix.module,
             "layer": matrix.layer,
-            "projection": ".".join(part for part in matrix.module.split(".")[-2:] if not part.isdigit()),
+            "projection": matrix.projection,
             "expert": matrix.expert,
             "scale": float(largest[matrix.inputs].max() / HALF_STEPS),
             "outlier_before": before[matrix.inputs],

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from core.calibrate.matrices import Matrix, matrices
-from core.calibrate.walk import Collected, walk, walk_cost
-from core.calibrate.windows import calibration_windows, shortage_note
+from core.calibrate.walk import Collected, cost_of_walk, walk
+from core.calibrate.windows import read_calibration
 from core.lazy import torch
 from core.models.loaded import LoadedModel
 from core.registry import method
@@ -28,13 +28,13 @@ from core.reshape.mask_step import (
 from core.reshape.sparsity import output_error, row_mask, sparsegpt
 from core.reshape.zipped import zipped_bytes
 from core.saving.storable import storable
-from core.types import Cost, Documents, Progress, Result
+from core.types import Documents, Progress, Result
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from core.calibrate.collected import Inputs
-    from core.models.anatomy import Anatomy, Block
+    from core.models.anatomy import Block
 
 
 class SparseGptSettings(CalibratedMaskSettings):
@@ -48,18 +48,12 @@ class SparseGptSettings(CalibratedMaskSettings):
     )
 
 
-def _cost(anatomy: Anatomy, n_tokens: int, settings: SparseGptSettings) -> Cost:
-    return walk_cost(
-        anatomy, samples=settings.samples, sample_tokens=settings.sample_tokens, collect=["gram"]
-    )
-
-
 @method(
     "compress",
     title="SparseGPT",
     needs=["text", "calibration"],
     paper="https://arxiv.org/abs/2301.00774",
-    cost=_cost,
+    cost=cost_of_walk("gram"),
     left=whole,
     group="prune",
 )
@@ -77,16 +71,9 @@ def run(
     on what the pruned ones before it give. An expert is judged on the tokens routed to it. The file does not shrink: a
     mask is worth something only with what follows it, and the note says what a zip would weigh.
     """
-    assert calibration is not None, "the registry's `needs` bring calibration text"
     started = time.monotonic()
     check(loaded, settings)
-    windows_BP = calibration_windows(
-        loaded,
-        calibration,
-        samples=settings.samples,
-        sample_tokens=settings.sample_tokens,
-        seed=settings.seed,
-    )
+    text = read_calibration(loaded, calibration, settings)
     before = zipped_bytes(loaded.model, "zipped_bytes_before")
 
     as_stored = storable(loaded)
@@ -104,14 +91,13 @@ def run(
         }
 
     with loaded.lock, torch.inference_mode():
-        reports = walk(loaded, windows_BP, prune, collect=["gram"], progress=progress, scratch=scratch)
+        reports = walk(loaded, text.windows_BP, prune, collect=["gram"], progress=progress, scratch=scratch)
     return masked_result(
         loaded, settings, method="sparsegpt", blocks=reports, zipped_before=before, seconds=time.monotonic() - started,
         notes=[
-            shortage_note(windows_BP, settings.samples, calibration), *_damping_notes(reports, settings.damping),
+            text.shortage, *_damping_notes(reports, settings.damping),
         ],
-        inputs={"calibration": calibration.fingerprint},
-        conditions={"calibration": calibration.name, "calibration_tokens": windows_BP.numel()},
+        inputs=text.inputs, conditions=text.conditions,
     )  # fmt: skip
 
 

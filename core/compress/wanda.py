@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.calibrate.matrices import matrices
-from core.calibrate.walk import Collected, walk, walk_cost
-from core.calibrate.windows import calibration_windows, shortage_note
+from core.calibrate.walk import Collected, cost_of_walk, walk
+from core.calibrate.windows import read_calibration
 from core.lazy import torch
 from core.models.loaded import LoadedModel
 from core.registry import method
@@ -23,20 +23,14 @@ from core.reshape.mask_step import (
 )
 from core.reshape.sparsity import row_mask, wanda_scores
 from core.reshape.zipped import zipped_bytes
-from core.types import Cost, Documents, Progress, Result
+from core.types import Documents, Progress, Result
 
 if TYPE_CHECKING:
-    from core.models.anatomy import Anatomy, Block
+    from core.models.anatomy import Block
 
 
 class WandaSettings(CalibratedMaskSettings):
     """How many weights become zero, in which pattern, and the text they are judged on."""
-
-
-def _cost(anatomy: Anatomy, n_tokens: int, settings: WandaSettings) -> Cost:
-    return walk_cost(
-        anatomy, samples=settings.samples, sample_tokens=settings.sample_tokens, collect=["sum_squares"]
-    )
 
 
 @method(
@@ -44,7 +38,7 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: WandaSettings) -> Cost:
     title="Wanda",
     needs=["text", "calibration"],
     paper="https://arxiv.org/abs/2306.11695",
-    cost=_cost,
+    cost=cost_of_walk("sum_squares"),
     left=whole,
     group="prune",
 )
@@ -61,16 +55,9 @@ def run(
     stay are not changed. Blocks are pruned in order, each judged on what the pruned ones before it give. The file does
     not shrink: a mask is worth something only with what follows it, and the note says what a zip would weigh.
     """
-    assert calibration is not None, "the registry's `needs` bring calibration text"
     started = time.monotonic()
     check(loaded, settings)
-    windows_BP = calibration_windows(
-        loaded,
-        calibration,
-        samples=settings.samples,
-        sample_tokens=settings.sample_tokens,
-        seed=settings.seed,
-    )
+    text = read_calibration(loaded, calibration, settings)
     before = zipped_bytes(loaded.model, "zipped_bytes_before")
     sparsity = settings.sparsity
 
@@ -87,13 +74,14 @@ def run(
         return {"rows": rows, "matrices": lines, "unreached": unreached}
 
     with loaded.lock, torch.inference_mode():
-        reports = walk(loaded, windows_BP, prune, collect=["sum_squares"], progress=progress, scratch=scratch)
+        reports = walk(
+            loaded, text.windows_BP, prune, collect=["sum_squares"], progress=progress, scratch=scratch
+        )
     return masked_result(
         loaded, settings, method="wanda", blocks=reports, zipped_before=before, seconds=time.monotonic() - started,
         notes=[
-            shortage_note(windows_BP, settings.samples, calibration),
+            text.shortage,
             unreached_note(sum(report["unreached"] for report in reports)),
         ],
-        inputs={"calibration": calibration.fingerprint},
-        conditions={"calibration": calibration.name, "calibration_tokens": windows_BP.numel()},
+        inputs=text.inputs, conditions=text.conditions,
     )  # fmt: skip

@@ -107,11 +107,18 @@ class Parity:
             )
 
 
-def compare(model: Any, runtime: Runtime, inputs: list[dict[str, Tensor]], *, names_tokens: bool) -> Parity:
-    """Run both on every input. ``names_tokens``: outputs are logits of a distribution, so that KL means something."""
+def as_runtime(model: Any) -> Runtime:
+    """A torch model as what an export is compared through."""
+    return lambda given: output_of(model, {name: torch.from_numpy(array) for name, array in given.items()})
+
+
+def compare(loaded: LoadedModel, runtime: Runtime) -> Parity:
+    """Run the model and its export on the same inputs of two lengths."""
+    # Only logits are a distribution, of which a KL means something.
+    names_tokens = loaded.anatomy.unembedding is not None
     rows = []
-    for given in inputs:
-        expected = output_of(model, given)
+    for given in probe_inputs(loaded):
+        expected = output_of(loaded.model, given)
         found = np.asarray(
             runtime({name: tensor.numpy() for name, tensor in given.items()}), dtype=np.float32
         )

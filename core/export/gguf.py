@@ -12,7 +12,7 @@ from pydantic import Field
 
 from core.errors import CannotExport
 from core.export._gguf_tokenizer import write_tokenizer
-from core.export._parity import TEXT, compare, output_of, probe_inputs
+from core.export._parity import TEXT, as_runtime, compare
 from core.export._report import exported
 from core.lazy import torch, transformers
 from core.models.loaded import LoadedModel
@@ -90,10 +90,7 @@ def run(loaded: LoadedModel, folder: Path, progress: Progress, settings: GgufSet
     writer.close()
     progress(0.6, 1.0, "reading it back with transformers")
     model = read_back(folder)
-    parity = compare(
-        loaded.model, lambda given: output_of(model, {n: torch.from_numpy(a) for n, a in given.items()}),
-        probe_inputs(loaded), names_tokens=loaded.anatomy.unembedding is not None,
-    )  # fmt: skip
+    parity = compare(loaded, as_runtime(model))
     parity.refuse_if_broken(f"the GGUF {settings.type} file", exact=False)
     _refuse_other_tokens(loaded, folder)
     return exported(

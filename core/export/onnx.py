@@ -16,7 +16,7 @@ from pydantic import Field
 from core.errors import CannotExport
 from core.export import _onnx_graph
 from core.export._companions import write_companions
-from core.export._parity import Parity, Runtime, compare, probe_inputs
+from core.export._parity import Parity, Runtime, compare
 from core.export._report import exported
 from core.export._trace import CACHELESS, traced
 from core.lazy import torch
@@ -175,12 +175,7 @@ def _operators(path: Path) -> Counter[str]:
 
 
 def _checked(loaded: LoadedModel, folder: Path, settings: OnnxSettings) -> Parity:
-    parity = compare(
-        loaded.model,
-        runtime(folder),
-        probe_inputs(loaded),
-        names_tokens=loaded.anatomy.unembedding is not None,
-    )
+    parity = compare(loaded, runtime(folder))
     parity.refuse_if_broken(f"the ONNX {settings.weights} graph", exact=settings.weights == "float32")
     return parity
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from core.errors import CannotExport
 from core.export._companions import write_companions
-from core.export._parity import compare, output_of, probe_inputs
+from core.export._parity import as_runtime, compare
 from core.export._report import exported
 from core.lazy import torch, transformers
 from core.models.checkpoint import INDEX, stored_tensors, weight_files
@@ -55,10 +55,7 @@ def run(loaded: LoadedModel, folder: Path, progress: Progress, settings: Safeten
         progress(0.6, 1.0, "reloading with plain transformers")
         model = _reloaded(loaded, folder, settings.weights)
         by = f"transformers {transformers.__version__}, {settings.weights} weights multiplied in float32"
-    parity = compare(
-        loaded.model, lambda given: output_of(model, {n: torch.from_numpy(a) for n, a in given.items()}),
-        probe_inputs(loaded), names_tokens=loaded.anatomy.unembedding is not None,
-    )  # fmt: skip
+    parity = compare(loaded, as_runtime(model))
     parity.refuse_if_broken("the written folder", exact=settings.weights in ("stored", "float32"))
     files = weight_files(folder)
     rows = [

@@ -26,10 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import psutil
-
 from core.calling import run_probe
 from core.errors import BadInput, OutOfMemory, SlimscopeError, ran_out_of_memory
+from core.free_memory import free_memory
 from core.inspector.protocol import MAX_RESULT_BYTES, Answer, Failure, Report, Request, Stamp, Token, stamp
 from core.registry import get
 from core.types import ModelRef, Progress, Prompt, Result
@@ -230,7 +229,7 @@ def main(arguments: list[str]) -> None:
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s inspector %(levelname)s %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end ends us
-    limit = int(max_bytes) or int(SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available)
+    limit = int(max_bytes) or int(SHARE_OF_FREE_MEMORY * free_memory())
     with Connection(int(descriptor)) as connection:
         serve(connection, Calls(WarmModels(_find(opener), max_bytes=limit)))
 

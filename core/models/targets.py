@@ -37,11 +37,21 @@ class Target:
         return self.name.removesuffix(".weight")
 
     @property
+    def projection(self) -> str:
+        """What it is called within its block, e.g. ``self_attn.q_proj``."""
+        return projection_of(self.module)
+
+    @property
     def reason(self) -> str:
         """Why it is left as it is, for one that no grid applies to."""
         if self.component in KEPT:
             return KEPT[self.component]
         return "a bias: negligible size, kept" if self.name.endswith("bias") else "not a matrix product, kept"
+
+
+def projection_of(module: str) -> str:
+    """The last two parts of a module's path, layer numbers left out."""
+    return ".".join(part for part in module.split(".")[-2:] if not part.isdigit())
 
 
 def targets(loaded: LoadedModel) -> list[Target]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import psutil
-
 from core.errors import ran_out_of_memory
+from core.free_memory import free_memory
 from core.lazy import torch
 
 T = TypeVar("T")
@@ -63,7 +62,7 @@ def in_batches(
 def free_bytes(device: str) -> int:
     """Memory that a new tensor could take on this device; on CUDA with what torch's cache holds unused."""
     if not device.startswith("cuda"):
-        return int(psutil.virtual_memory().available)
+        return free_memory()
     free, _ = torch.cuda.mem_get_info(device)
     return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 

@@ -14,7 +14,7 @@ from core.calibrate.walk import Collected
 from core.lazy import torch
 from core.models.anatomy import Block
 from core.models.loaded import LoadedModel
-from core.models.targets import Target, targets
+from core.models.targets import targets
 from core.numerics.integer import quantize
 from core.numerics.packed import PackedTensor
 from core.numerics.schemes import IntegerScheme, Scheme
@@ -184,11 +184,10 @@ class AwqBlock:
     def _line(self, matrix: Matrix, tokens: int, scaled: PackedTensor, final: PackedTensor) -> dict[str, Any]:
         nearest, weight_OI = self.nearest[matrix.label], matrix.read()
         loss = self._loss(matrix, weight_OI, final)
-        inside = matrix.module.split(".")
         return {
             "module": matrix.module,
             "layer": matrix.layer,
-            "projection": ".".join(part for part in inside[-2:] if not part.isdigit()),
+            "projection": matrix.projection,
             "expert": matrix.expert,
             "tokens": tokens,
             "loss_nearest": nearest,
@@ -225,12 +224,6 @@ class AwqBlock:
         scheme = self.schemes[matrix.name]
         assert isinstance(scheme, IntegerScheme), f"{matrix.name} is a matrix of a block, which has a grid"
         return scheme
-
-
-def put_outside(loaded: LoadedModel, target: Target, scheme: Scheme | None) -> dict[str, Any]:
-    """Embedding, head or norm outside the blocks: to nearest where it has a scheme."""
-    weight = loaded.model.get_parameter(target.name).data
-    return put(loaded, target, None if scheme is None else rounded(target, weight, scheme), weight)
 
 
 def _stored(matrix: Matrix, weight_OI: Tensor) -> Tensor:

@@ -232,6 +232,12 @@ def put(
     )  # fmt: skip
 
 
+def put_nearest(loaded: LoadedModel, target: Target, scheme: Scheme | None) -> dict[str, Any]:
+    """``put`` a parameter rounded to nearest under its scheme, or as it is without one; its line of the report."""
+    before = loaded.model.get_parameter(target.name).data
+    return put(loaded, target, None if scheme is None else rounded(target, before, scheme), before)
+
+
 def _said(packed: PackedTensor | PackedExperts | None) -> tuple[str, float, str, int] | None:
     """Format, bits per value, group size and stored bytes of a packed weight."""
     if packed is None:

@@ -16,15 +16,7 @@ from core.models.anatomy import Anatomy
 from core.models.loaded import LoadedModel
 from core.models.targets import targets
 from core.numerics.schemes import FloatScheme, MxScheme, Scheme
-from core.quantize.grid import (
-    MATRICES,
-    Formats,
-    bits_per_value,
-    lay_out,
-    put,
-    refuse_packed,
-    rounded,
-)
+from core.quantize.grid import MATRICES, Formats, bits_per_value, lay_out, put_nearest, refuse_packed
 from core.registry import Settings
 from core.saving.report import VIEWS, headline, table, untouched_note
 from core.types import Progress, Provenance, Result
@@ -84,8 +76,7 @@ def store_as(
     rows = []
     for done, target in enumerate(todo):
         progress(done, len(todo), f"rounding {target.module}")
-        weight, scheme = loaded.model.get_parameter(target.name).data, schemes.get(target.name)
-        rows.append(put(loaded, target, None if scheme is None else rounded(target, weight, scheme), weight))
+        rows.append(put_nearest(loaded, target, schemes.get(target.name)))
     frame = table(rows)
     said = (untouched_note(frame), *notes)
     return Result(

@@ -132,12 +132,12 @@ def _line(
     matrix: Matrix, tokens: int, never: int, damping: float, losses: tuple[float, float, float], outcome: str
 ) -> dict[str, Any]:
     """One matrix of the report; losses are per token, ``relative_loss`` of the power of its outputs."""
-    (loss, nearest, power), inside = losses, matrix.module.split(".")
+    loss, nearest, power = losses
     return {
         "module": matrix.module,
         "expert": matrix.expert,
         "layer": matrix.layer,
-        "projection": ".".join(part for part in inside[-2:] if not part.isdigit()),
+        "projection": matrix.projection,
         "component": matrix.component,
         "tokens": tokens,
         "inputs_never_active": never,

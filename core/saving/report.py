@@ -72,11 +72,10 @@ def row(target: Target, parameter: Any, *, format_: str, bits: float, group_size
 
 def place(target: Target) -> dict[str, Any]:
     """Where a tensor is: the first columns of its line."""
-    inside = target.module.split(".")
     return {
         "module": target.module,
         "layer": target.layer,
-        "projection": ".".join(part for part in inside[-2:] if not part.isdigit()),
+        "projection": target.projection,
         "component": target.component,
     }
 

@@ -10,7 +10,8 @@ import torch
 
 from core.calibrate import stage
 from core.calibrate.matrices import matrices
-from core.calibrate.walk import Collected, calibration_windows, walk
+from core.calibrate.walk import Collected, walk
+from core.calibrate.windows import calibration_windows
 from core.capture import capture, capture_residual
 from core.errors import BadInput
 from core.models.anatomy import Block

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from core.compress import rtn
 from core.compress._pipeline import compress
 from core.errors import CannotCompress, OutOfMemory
 from core.free_memory import free_memory
 from core.models.loaded import LoadedModel
+from core.quantize import grid
 from core.recipe import Recipe
 from core.saving import room
 from core.saving.room import PROOF_BYTES, needs
@@ -74,7 +74,7 @@ def test_memory_that_runs_out_on_the_way_is_told_by_the_amount_needed(
     def allocate(*_: Any) -> None:
         torch.empty(1 << 60, dtype=torch.uint8)  # the allocator's own refusal
 
-    monkeypatch.setattr(rtn, "rounded", allocate)
+    monkeypatch.setattr(grid, "rounded", allocate)
     with pytest.raises(OutOfMemory, match=r"out of memory for rtn bits=4: it needs about \d+ MB"):
         compress(own_model("llama", tmp_path), INT4, None, tmp_path / "out/variant", silent)
     assert not (tmp_path / "out").exists()
@@ -84,7 +84,7 @@ def test_other_errors_are_left_as_they_are(tmp_path: Path, monkeypatch: pytest.M
     def fail(*_: Any) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(rtn, "rounded", fail)
+    monkeypatch.setattr(grid, "rounded", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         compress(own_model("llama", tmp_path), INT4, None, tmp_path / "out/variant", silent)
 
