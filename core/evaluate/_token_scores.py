@@ -62,7 +62,8 @@ def score_window(
 ) -> TokenScores:
     """Score one window under both models; one forward only, and a KL of exactly 0, where they are the same.
 
-    ``kv_cache`` is what the variant keeps keys and values in; the base keeps its own. Raises ``CannotMeasure`` when a model gives a logit that is not a finite number.
+    ``kv_cache`` is what the variant keeps keys and values in; the base keeps its own. Raises ``CannotMeasure`` when a
+    model gives a logit that is not a finite number.
     """
     base_PV = next_token_logits(base, ids, window)
     targets_P = torch.as_tensor(ids[window.first : window.end], device=base_PV.device)

@@ -89,8 +89,8 @@ def run(
     nats per token, says how far the predicted distribution moved; bits per byte and perplexity say how much
     worse (or better) the text is predicted. Top-1 agreement and flips count the tokens where the most likely
     token changed, and where it changed between right and wrong. With ``kv_cache`` every key and value of the variant is
-    rounded as it is written; evaluated so, the base itself says what the cache alone costs. Intervals resample whole documents, because
-    tokens of one document are alike; the difference in bits per byte is resampled in pairs.
+    rounded as it is written; evaluated so, the base itself says what the cache alone costs. Intervals resample whole
+    documents, because tokens of one document are alike; the difference in bits per byte is resampled in pairs.
 
     Finished documents are kept in ``journal``, and one that is there is not run again. Raises ``BadInput`` for models
     that do not share a tokenizer and for calibration text, ``CannotMeasure`` for text without a token to score and
