@@ -128,7 +128,7 @@ def make_variant(
     Steps that keep finished work go on from where an earlier call was stopped, whoever made it (``core.scratch``).
     Raises ``CannotCompress`` where the recipe does not apply, ``ProofFailed`` where the files do not reload.
     """
-    from core.compress._pipeline import compress, takes_reference
+    from core.compress._pipeline import compress
     from core.text.documents import load_documents
 
     loaded = opened(catalog, model, progress=part_of(progress, 0.0, 0.15))
@@ -139,15 +139,15 @@ def make_variant(
         return known
     text = recipe.calibration
     documents = None if text is None else load_documents(text, split="calibration")
-    base = catalog.variant(parent.base_id).source if takes_reference(recipe) else None
-    reference = None if base is None else opened(catalog, base)
+    references = _references(catalog, model, parent, recipe)
+    learned_from = (entry_of(catalog, reference).id for reference in references.values())
     started = datetime.now(UTC)
     incoming = catalog.artifacts.incoming()
     try:
         with variant_scratch(catalog.folder / "scratch", id_) as scratch:
             made = compress(
-                loaded, recipe, documents, incoming / "files", part_of(progress, 0.15, 0.95), reference=reference,
-                scratch=scratch,
+                loaded, recipe, documents, incoming / "files", part_of(progress, 0.15, 0.95),
+                references=references, scratch=scratch,
             )  # fmt: skip
         artifact = catalog.put_artifact(incoming / "files")
     finally:
@@ -167,7 +167,7 @@ def make_variant(
         bytes=made.saved.bytes,
         bits_per_weight=made.saved.bytes * 8 / made.saved.parameters,
         proven=made.proof.passed,
-        parents=(parent.id,),
+        parents=tuple(dict.fromkeys((parent.id, *learned_from))),
     )
     proved = datetime.now(UTC) - timedelta(seconds=made.proof.seconds)
     progress(0.97, 1.0, "entering the variant into the catalog")
@@ -273,6 +273,16 @@ def _proven(catalog: Catalog, id_: str) -> Made | None:
         if known.proven and known.artifact and proofs:
             return Made(catalog.add_variant(known), proofs[0], reused=True)
     return None
+
+
+def _references(catalog: Catalog, model: str, parent: Variant, recipe: Recipe) -> dict[int, LoadedModel]:
+    """The second model of each step that looks at one, by the step's number; each model is opened once."""
+    from core.compress._references import references_of
+
+    places = {"base": catalog.variant(parent.base_id).source, "start": model}
+    wanted = {index: places.get(which, which) for index, which in references_of(recipe).items()}
+    found = {source: opened(catalog, source) for source in dict.fromkeys(wanted.values())}
+    return {index: found[source] for index, source in wanted.items()}
 
 
 def _enter_base(catalog: Catalog, loaded: LoadedModel) -> Variant:

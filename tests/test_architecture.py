@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "transformers", "streamlit", "altair", "datasets", "compressed_tensors")
+HEAVY = ("torch", "transformers", "streamlit", "altair", "datasets", "compressed_tensors", "peft")
 METHOD_FOLDERS = (
     *("core/probes", "core/train", "core/compress", "core/evaluate", "core/profile/runtimes"),
     "core/export",
@@ -95,7 +95,7 @@ def test_dependencies_point_one_way(layer: str):
         )
 
 
-BELOW_COMPRESS = ("numerics", "models", "routing", "calibrate", "saving", "quantize", "reshape", "budget")
+BELOW_COMPRESS = ("numerics", "models", "routing", "calibrate", "saving", "quantize", "reshape", "distill", "budget")
 """In the order in which they may import each other, the later the earlier; ``core.compress`` may import all."""
 
 

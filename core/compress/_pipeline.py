@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from core.compress._references import references_of
 from core.errors import CannotCompress, ProofFailed
 from core.lazy import torch, transformers
 from core.models.loaded import LoadedModel
@@ -43,25 +45,26 @@ def compress(
     folder: Path,
     progress: Progress,
     *,
-    reference: LoadedModel | None = None,
+    references: Mapping[int, LoadedModel] | None = None,
     scratch: Path | None = None,
 ) -> Compressed:
     """Apply a recipe to ``loaded`` (which is changed), write it to ``folder`` and prove the reload.
 
-    ``reference`` is the model that a step may bring this one back towards; without it, what ``loaded`` was opened from.
-    Steps keep finished work in ``scratch``, and the next call with the same recipe goes on from there; removing it is the
+    ``references`` are the second models of the steps that look at one (``core.compress._references``); without them it
+    is what ``loaded`` was opened from. Steps keep finished work in ``scratch``, and the next call with the same recipe goes on from there; removing it is the
     caller's matter. Raises ``BadInput`` or ``CannotCompress`` where a step does not apply or the disk has no room,
     ``OutOfMemory`` with the amount needed, ``ProofFailed`` (after removing ``folder``) where the files do not reload to
     the model that was saved.
     """
     share = 0.5 / len(recipe.steps)
-    if reference is None and takes_reference(recipe):
-        reference = open_model(replace(loaded.ref, source=str(loaded.folder), revision=None))
+    if references is None and (wanted := references_of(recipe)):
+        start = open_model(replace(loaded.ref, source=str(loaded.folder), revision=None))
+        references = dict.fromkeys(wanted, start)
     needed = refuse_without_room(loaded, recipe, folder)
     with loaded.lock, torch.inference_mode(), amount_told(loaded, recipe, needed):
         results = [
             _step(
-                loaded, step, calibration, reference, part_of(progress, index * share, (index + 1) * share),
+                loaded, step, calibration, (references or {}).get(index), part_of(progress, index * share, (index + 1) * share),
                 None if scratch is None else scratch / f"step_{index}",
             )
             for index, step in enumerate(recipe.steps)
@@ -87,11 +90,6 @@ def compress(
             raise
     progress(1.0, 1.0, "proved")
     return Compressed(_combined(results, frame, saved), saved, proof)
-
-
-def takes_reference(recipe: Recipe) -> bool:
-    """Whether a step of the recipe looks at the model that is to be kept close to."""
-    return any(get("compress", step.method).takes_reference for step in recipe.steps)
 
 
 def _step(
