@@ -140,7 +140,7 @@ def make_variant(
     text = recipe.calibration
     documents = None if text is None else load_documents(text, split="calibration")
     references = _references(catalog, model, parent, recipe)
-    learned_from = (entry_of(catalog, reference).id for reference in references.values())
+    teachers = [entry_of(catalog, reference).id for reference in references.values()]
     started = datetime.now(UTC)
     incoming = catalog.artifacts.incoming()
     try:
@@ -167,7 +167,7 @@ def make_variant(
         bytes=made.saved.bytes,
         bits_per_weight=made.saved.bytes * 8 / made.saved.parameters,
         proven=made.proof.passed,
-        parents=tuple(dict.fromkeys((parent.id, *learned_from))),
+        parents=tuple(dict.fromkeys((parent.id, *teachers))),
     )
     proved = datetime.now(UTC) - timedelta(seconds=made.proof.seconds)
     progress(0.97, 1.0, "entering the variant into the catalog")
