@@ -1,0 +1,82 @@
+"""A training on disk, so that it goes on where it was: one file, whole or absent, replaced when the next one is whole.
+
+Tensors are safetensors, everything else is JSON in the header: nothing is pickled. A kill at any moment leaves the old
+file or the new one, and a full disk leaves the old one. Knows no model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.errors import refused_by_system
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NAME = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What one file holds."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+    """JSON: position in the data, the best so far, how long the curve is."""
+
+
+def write_checkpoint(
+    folder: Path, *, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> str:
+    """Replace the folder's checkpoint by this one; the reason where it could not be written, and the old one stays.
+
+    ``key`` is the hash of everything the training depends on: under another key it is not taken up again.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    part = folder / f".{NAME}.part"
+    try:
+        header = {"key": key, "facts": json.dumps(facts)}
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part, metadata=header
+        )
+        with part.open("rb") as stream:
+            os.fsync(stream.fileno())
+        part.replace(folder / NAME)
+        _flush_names(folder)
+    except (OSError, SafetensorError) as problem:
+        part.unlink(missing_ok=True)
+        return refused_by_system(problem) if isinstance(problem, OSError) else str(problem)
+    return ""
+
+
+def read_checkpoint(folder: Path, *, key: str) -> Checkpoint | None:
+    """The folder's checkpoint; None where there is none, it is damaged, or it is of another training."""
+    from safetensors import SafetensorError, safe_open
+
+    if not (folder / NAME).exists():
+        return None
+    try:
+        with safe_open(folder / NAME, framework="pt") as stored:
+            header = stored.metadata()
+            if header["key"] != key:
+                return None
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError:
+        return None
+    return Checkpoint(tensors, json.loads(header["facts"]))
+
+
+def _flush_names(folder: Path) -> None:
+    """Make a rename survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
