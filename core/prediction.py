@@ -7,7 +7,7 @@ nothing is promised. Knows no torch: the dashboard asks it at every keystroke.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 SAMPLE_TOKENS = 512
 """Tokens of one calibration window where the step's settings name none."""
+NARROW = 15.0
+"""Bits per value below which weights are packed: codes, scales and shapes beside them."""
+LINE = 90
+"""Bytes of a tensor's line in a safetensors header beside its module's name: dtype, shape, offsets."""
 WIDTH = {"float32": 32, "bfloat16": 16, "float16": 16}
 
 
@@ -50,6 +54,10 @@ class Counted(Protocol):
     def components(self) -> pd.DataFrame:
         """``core.models.sizes.component_sizes``."""
 
+    @property
+    def file_bytes(self) -> int:
+        """Of the weight files it was opened from."""
+
 
 @runtime_checkable
 class KeepsBudget(Protocol):
@@ -59,31 +67,55 @@ class KeepsBudget(Protocol):
         """Bytes that a model of so many parameters may take."""
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a recipe leaves of each component, by its name."""
+
+    before: dict[str, float]
+    """Numbers as the model has them, tied ones once."""
+    left: dict[str, float]
+    bits: dict[str, float]
+    """Per number in the file."""
+    budget: float | None
+    """Bytes of all together, where a step keeps to so many."""
+
+    @property
+    def bytes(self) -> float:
+        """Of the weight files, file headers aside."""
+        if self.budget is not None:
+            return self.budget
+        return sum(self.left[component] * self.bits[component] for component in self.left) / 8
+
+
 def predicted_bytes(card: Counted, recipe: Recipe) -> float | None:
     """Bytes of the weight files, file headers aside; None where a step does not say, or will be refused."""
+    parts = predicted_parts(card, recipe.steps)
+    return None if parts is None else parts.bytes
+
+
+def predicted_parts(card: Counted, steps: Iterable[Step]) -> Parts | None:
+    """What steps leave of every component; None where one does not say, or will be refused."""
     sizes = card.components.groupby("component")["parameters"].sum().astype(float)
-    bits = dict.fromkeys(sizes.index, float(WIDTH.get(card.dtype, 32)))
-    budget = None
-    for step in recipe.steps:
-        method, stored = get("compress", step.method), step.parsed()
-        left = method.left
+    before = {str(component): float(n) for component, n in sizes.items()}
+    left, bits, budget = dict(before), dict.fromkeys(before, float(WIDTH.get(card.dtype, 32))), None
+    for step in steps:
+        method = get("compress", step.method)
+        changes, stored = method.left, step.parsed()
         if "moe" in method.needs and not card.anatomy.n_experts:
             return None  # the step will be refused, or an earlier one makes the experts
         try:
-            if left is not None:
-                shares = left(card.anatomy, stored)
-                sizes *= [float(shares.get(str(component), 1.0)) for component in sizes.index]
+            if changes is not None:
+                shares = changes(card.anatomy, stored)
+                left = {component: n * float(shares.get(component, 1.0)) for component, n in left.items()}
             if isinstance(stored, KeepsBudget):
-                budget = stored.budgeted_bytes(int(sizes.sum()))
+                budget = stored.budgeted_bytes(int(sum(left.values())))
             elif isinstance(stored, StoresBits):
                 bits |= {c: b for c, b in stored.stored_bits(card.anatomy).items() if c in bits}
-            elif left is None:
+            elif changes is None:
                 return None
         except SlimscopeError:
             return None  # the step will be refused, with the reason
-    if budget is not None:
-        return budget
-    return float(sum(sizes[component] * bits[component] for component in sizes.index)) / 8
+    return Parts(before, left, bits, budget)
 
 
 @dataclass(frozen=True)

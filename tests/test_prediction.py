@@ -12,6 +12,7 @@ from core.models.sizes import model_card
 from core.prediction import predicted_bytes, predicted_work
 from core.recipe import Recipe
 from core.registry import get
+from core.saving.store import predicted_bytes as exact_bytes
 from core.types import Documents, ModelRef, silent
 from tests.tiny import tiny_folder
 
@@ -106,3 +107,16 @@ def test_a_budget_is_what_the_file_will_weigh(tmp_path):
     assignment = "embedding:int8, 0.o:int4g32"
     told = Recipe.of("mixed_precision", budget="1.25MB", assignment=assignment)
     assert predicted_bytes(card, told) == 1_250_000, "the size of a plan is in its recipe"
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"), [("rtn", {"bits": 4}), ("rtn", {"bits": 8}), ("reduce_top_k", {"top_k": 1})]
+)
+def test_the_promise_is_kept_where_the_base_is_in_half_precision_and_the_header_is_not_small(
+    method, settings
+):
+    """A base of 7 MB whose file is float16: its variants keep that width, and 600 header lines are 3 % of them."""
+    loaded = open_model(ModelRef("demo:moe"))
+    card, recipe = model_card(loaded), Recipe.of(method, **settings)
+    get("compress", method).run(loaded, None, silent, recipe.steps[0].parsed())
+    assert predicted_bytes(card, recipe) == pytest.approx(exact_bytes(loaded), rel=0.01)

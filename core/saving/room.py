@@ -16,6 +16,7 @@ import pandas as pd
 from core.errors import CannotCompress, OutOfMemory, SlimscopeError, ran_out_of_memory
 from core.free_memory import free_memory
 from core.models.anatomy import Anatomy
+from core.models.checkpoint import weight_files
 from core.models.loaded import LoadedModel
 from core.models.sizes import component_sizes
 from core.prediction import SAMPLE_TOKENS, StoresBits, predicted_bytes
@@ -46,11 +47,14 @@ class _Counted:
     anatomy: Anatomy
     dtype: str
     components: pd.DataFrame
+    file_bytes: int
 
 
 def needs(loaded: LoadedModel, recipe: Recipe) -> Needs:
     """Count what the steps say of themselves: their cost, and the 8-bit codes that quantizing steps keep."""
-    predicted = predicted_bytes(_Counted(loaded.anatomy, loaded.dtype, component_sizes(loaded)), recipe)
+    on_disk = sum(file.stat().st_size for file in weight_files(loaded.folder))
+    counted = _Counted(loaded.anatomy, loaded.dtype, component_sizes(loaded), on_disk)
+    predicted = predicted_bytes(counted, recipe)
     parsed = [(get("compress", step.method), step.parsed()) for step in recipe.steps]
     work = 0
     for method, settings in parsed:
