@@ -34,6 +34,7 @@ def capture(
     reduce: Reduce | None = None,
     inputs: bool = False,
     item: int = 0,
+    keep_graph: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Collect what the modules at ``paths`` put out while the block runs.
 
@@ -41,7 +42,8 @@ def capture(
     module that runs more than once keeps its last value. ``inputs`` reads the arguments instead of the output.
     ``item`` picks one argument, or one element of a tuple output: 0 is the hidden state; output 1 of an
     attention module is its pattern, which only eager attention computes; inputs 1 and 2 of a fused experts
-    module are the chosen experts and their routing weights.
+    module are the chosen experts and their routing weights. ``keep_graph`` leaves tensors in autograd's graph, for a
+    loss on what is read here.
 
     Raises ``HookDidNotFire`` when the block ends without error and a module did not run, ``KeyError`` for a
     path that does not exist. Hold ``LoadedModel.lock`` around the block.
@@ -56,7 +58,8 @@ def capture(
                 f"(attention kernel: {kernel}); "
                 "attention patterns need model.set_attn_implementation('eager')"
             )
-        values[path] = tensor.detach() if reduce is None else reduce(path, tensor.detach())
+        read = tensor if keep_graph else tensor.detach()
+        values[path] = read if reduce is None else reduce(path, read)
 
     def read_output(path: str) -> Callable[..., None]:
         return lambda module, args, output: keep(path, _pick(output, item))
