@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from core.distill.trainable import full
+from core.distill.trainable import full, scales_and_norms, straight_through
 from core.distill.trainable.trainable import Trainable, TrainableSettings
 from core.errors import BadInput
 from core.lazy import torch
@@ -21,5 +21,9 @@ def prepare(loaded: LoadedModel, settings: TrainableSettings) -> Trainable:
         match settings.train:
             case "all" | "head" | "norms":
                 return full.prepare(loaded, settings)
+            case "scales_and_norms":
+                return scales_and_norms.prepare(loaded)
+            case "straight_through":
+                return straight_through.prepare(loaded)
             case _:
                 raise BadInput(f"train={settings.train}: not known")
