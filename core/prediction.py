@@ -28,6 +28,10 @@ NARROW = 15.0
 """Bits per value below which weights are packed: codes, scales and shapes beside them."""
 LINE = 90
 """Bytes of a tensor's line in a safetensors header beside its module's name: dtype, shape, offsets."""
+NARROW = 15.0
+"""Bits per value below which weights are packed: codes, scales and shapes beside them."""
+LINE = 90
+"""Bytes of a tensor's line in a safetensors header beside its module's name: dtype, shape, offsets."""
 WIDTH = {"float32": 32, "bfloat16": 16, "float16": 16}
 
 
@@ -76,28 +80,36 @@ class Parts:
     left: dict[str, float]
     bits: dict[str, float]
     """Per number in the file."""
+    header: dict[str, float]
+    """Bytes of the header lines of packed weights, as if none were left out."""
     budget: float | None
     """Bytes of all together, where a step keeps to so many."""
 
     @property
     def bytes(self) -> float:
-        """Of the weight files, file headers aside."""
+        """Of the weight files, header included."""
         if self.budget is not None:
             return self.budget
-        return sum(self.left[component] * self.bits[component] for component in self.left) / 8
+        values = sum(self.left[component] * self.bits[component] for component in self.left) / 8
+        return values + sum(n * self.left[c] / self.before[c] for c, n in self.header.items())
 
 
 def predicted_bytes(card: Counted, recipe: Recipe) -> float | None:
-    """Bytes of the weight files, file headers aside; None where a step does not say, or will be refused."""
+    """Bytes of the weight files, header included; None where a step does not say, or will be refused."""
     parts = predicted_parts(card, recipe.steps)
     return None if parts is None else parts.bytes
 
 
 def predicted_parts(card: Counted, steps: Iterable[Step]) -> Parts | None:
-    """What steps leave of every component; None where one does not say, or will be refused."""
+    """What steps leave of every component; None where one does not say, or will be refused.
+
+    What no step stores otherwise stays as wide as it is on average in the file that was opened: a variant is written in
+    its base's own precision.
+    """
     sizes = card.components.groupby("component")["parameters"].sum().astype(float)
     before = {str(component): float(n) for component, n in sizes.items()}
-    left, bits, budget = dict(before), dict.fromkeys(before, float(WIDTH.get(card.dtype, 32))), None
+    width = min(8 * card.file_bytes / sum(before.values()), float(WIDTH.get(card.dtype, 32)))
+    left, bits, budget = dict(before), dict.fromkeys(before, width), None
     for step in steps:
         method = get("compress", step.method)
         changes, stored = method.left, step.parsed()
@@ -115,7 +127,18 @@ def predicted_parts(card: Counted, steps: Iterable[Step]) -> Parts | None:
                 return None
         except SlimscopeError:
             return None  # the step will be refused, with the reason
-    return Parts(before, left, bits, budget)
+    packed = {component for component in before if bits[component] < min(width, NARROW)}
+    return Parts(before, left, bits, _header_bytes(card, packed), budget)
+
+
+def _header_bytes(card: Counted, packed: set[str]) -> dict[str, float]:
+    """Component → bytes of its header lines: one each for codes, scales and shape of every packed matrix."""
+    found = {}
+    for component, rows in card.components[card.components["component"].isin(packed)].groupby("component"):
+        lines = sum(LINE + len(str(module)) for module in rows["module"])
+        matrices = 3 * card.anatomy.n_experts if component == "experts" else 1  # gate, up and down of each
+        found[str(component)] = 3.0 * matrices * lines
+    return found
 
 
 @dataclass(frozen=True)
