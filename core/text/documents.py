@@ -11,20 +11,28 @@ Knows nothing about tokens or models.
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from core.errors import BadInput, CannotOpen
-from core.text._disjoint import MIN_SHARED, Split, digest, half, long_paragraphs, paragraphs
+from core.errors import BadInput
 from core.text._files import read_text
+from core.text.disjoint import MIN_SHARED, Split, digest, half, long_paragraphs, paragraphs
 from core.text.domains import load_domains
+from core.text.tables import hub_rows, read_table
 from core.types import Documents
 
-__all__ = ["CHUNK_BYTES", "MIN_BYTES", "MIN_SHARED", "Split", "half", "load_documents", "paragraphs"]
+__all__ = [
+    "CHUNK_BYTES",
+    "MIN_BYTES",
+    "MIN_SHARED",
+    "Split",
+    "chunks",
+    "half",
+    "load_documents",
+    "paragraphs",
+]
 
 MIN_BYTES = 500
 """Shorter documents are left out: they would be all beginning and no context."""
@@ -82,7 +90,7 @@ def _read(source: str) -> tuple[str, str, list[_Keyed]]:
         path = Path(source).expanduser()
         name, licence = path.name, ""
         if path.suffix == ".txt":
-            found = _chunks(read_text(path, "text file"))
+            found = [_Keyed(chunk, chunk) for chunk in chunks(read_text(path, "text file"))]
         elif path.suffix == ".jsonl":
             found = _without_repeats(_json_lines(path))
         elif path.is_dir():
@@ -103,53 +111,18 @@ def _pydoc_topics() -> Iterator[_Keyed]:
 
 
 def _json_lines(path: Path) -> Iterator[_Keyed]:
-    for number, line in enumerate(read_text(path, "text file").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise BadInput(f'{path} line {number} is not {{"text": "…"}}; give one such JSON object per line')
+    for place, cells in read_table(path, "text file"):
+        if not isinstance(text := cells.get("text"), str):
+            raise BadInput(f'{place} is not {{"text": "…"}}; give one such JSON object per line')
         yield _Keyed(text, text)
 
 
 def _hub_rows(source: str) -> Iterator[_Keyed]:
-    """Rows of a data set, streamed: nothing is run, and no more is fetched than is read."""
-    import datasets
-
-    from core.hub import hub_snapshot
-
-    parts = source.removeprefix("hub:").split(":")
-    if not parts[0] or len(parts) > 3:
-        raise BadInput(
-            f"text {source!r} is not understood; write hub:ID, hub:ID:SPLIT or hub:ID:CONFIG:SPLIT"
-        )
-    config = parts[1] if len(parts) == 3 else None
-    wanted = parts[-1] if len(parts) > 1 else None
-    try:
-        if not Path(parts[0]).is_dir():  # one quick look: the loader below would retry for half a minute
-            hub_snapshot(parts[0], kind="dataset", wanted=["README.md"])
-        found = datasets.load_dataset(parts[0], config, streaming=True)
-        if wanted is not None and wanted not in found:
-            raise BadInput(f"{source}: no split {wanted!r}; there are: {', '.join(map(str, found))}")
-        rows = found[wanted if wanted is not None else next(iter(found))]
-        for row in islice(rows, MAX_ROWS):
-            text = row.get("text")
-            if not isinstance(text, str):
-                raise BadInput(f"{source} has no text column named 'text'; its columns are: {', '.join(row)}")
-            yield _Keyed(text, text)
-    except BadInput:
-        raise
-    except CannotOpen as error:
-        raise BadInput(f"{source}: {error}") from None
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        said = str(error).strip().split("\n")[0]
-        raise BadInput(
-            f"data set {source} cannot be read ({type(error).__name__}: {said}); check the id and the network, "
-            "or give a local .txt or .jsonl file"
-        ) from None
+    for _, cells in hub_rows(source, limit=MAX_ROWS):
+        text = cells.get("text")
+        if not isinstance(text, str):
+            raise BadInput(f"{source} has no text column named 'text'; its columns are: {', '.join(cells)}")
+        yield _Keyed(text, text)
 
 
 def _without_repeats(documents: Iterable[_Keyed]) -> list[_Keyed]:
@@ -164,10 +137,10 @@ def _without_repeats(documents: Iterable[_Keyed]) -> list[_Keyed]:
     return kept
 
 
-def _chunks(text: str) -> list[_Keyed]:
+def chunks(text: str) -> list[str]:
     """A running text as documents of at least ``CHUNK_BYTES`` where it can be cut; repeated paragraphs go."""
     seen: set[bytes] = set()
-    chunks: list[str] = []
+    found: list[str] = []
     block: list[str] = []
     for paragraph in paragraphs(text):
         long = long_paragraphs(paragraph)
@@ -176,7 +149,7 @@ def _chunks(text: str) -> list[_Keyed]:
         seen |= long
         block.append(paragraph)
         if sum(len(part.encode()) for part in block) >= CHUNK_BYTES:
-            chunks.append("\n\n".join(block) + "\n")
+            found.append("\n\n".join(block) + "\n")
             block = []
-    chunks.append("\n\n".join(block) + "\n")
-    return [_Keyed(chunk, chunk) for chunk in chunks if len(chunk.encode()) >= MIN_BYTES]
+    found.append("\n\n".join(block) + "\n")
+    return [chunk for chunk in found if len(chunk.encode()) >= MIN_BYTES]

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from core.errors import BadInput
-from core.text._disjoint import MIN_SHARED, Split, digest, half, long_paragraphs, paragraphs
 from core.text._generated import GENERATED
+from core.text.disjoint import MIN_SHARED, Split, digest, half, long_paragraphs, paragraphs
 from core.types import Documents
 
-__all__ = ["DOMAINS", "MIN_SHARED", "documents_by_domain", "load_domains", "part"]
+__all__ = ["DOMAINS", "MIN_SHARED", "documents_by_domain", "library", "load_domains", "part"]
 
 EXTRACT_BYTES = 3072
 """An evaluation or calibration document is about this much from the middle of one file; training takes it all."""
@@ -106,6 +106,29 @@ def load_domains(source: str, *, split: Split = "evaluation", limit: int | None 
             f"this machine has no text for domain:{name} (its files are not installed); choose another"
         )
     return Documents(f"domain:{name}", split, tuple(texts[:limit]), "" if name in GENERATED else "PSF-2.0")
+
+
+@cache
+def library() -> tuple[str, ...]:
+    """The standard library's modules whole, docstrings included, of the files that train.
+
+    A module that shares a long paragraph with one before it, or with evaluation or calibration text of ``python`` and
+    ``prose``, loses that paragraph.
+    """
+    seen: set[bytes] = set()
+    modules = sorted(_modules(), key=lambda module: digest(module[0]))
+    for domain in ("python", "prose"):
+        for file in _files(domain):
+            if _split_of(file.name) != "train":
+                seen |= long_paragraphs(file.read())
+    found = []
+    for name, path in modules:
+        text = path.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n")
+        if part(name) == "train" and _code_of(path):
+            long = long_paragraphs(text)
+            found.append(text if seen.isdisjoint(long) else _unseen(text, seen))
+            seen |= long
+    return tuple(text for text in found if text)
 
 
 def _first_bytes(documents: Documents, limit_bytes: int | None) -> Documents:

@@ -6,17 +6,14 @@ a probe's accuracy say that the model knows the label, and not that the probe kn
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import BadInput
-from core.text._files import read_text
 from core.text._templates import BUILTIN
+from core.text.tables import read_table
 from core.types import content_hash
 
 MIN_ROWS = 20
@@ -73,9 +70,7 @@ def load_labelled(source: str) -> Labelled:
     path = Path(source).expanduser()
     if not source or path.suffix.lower() not in (".csv", ".tsv", ".jsonl"):
         raise BadInput(f"labelled data {source!r} is not known; give {CHOICES}")
-    content = read_text(path, "labelled file")
-    rows = list(_json_rows(path, content) if path.suffix.lower() == ".jsonl" else _table_rows(path, content))
-    return _checked(path.name, rows)
+    return _checked(path.name, list(_rows(path)))
 
 
 def last_word(text: str) -> str:
@@ -123,53 +118,19 @@ def _checked(path: str, rows: list[tuple[str, str, str]]) -> Labelled:
     return Labelled(path, texts, labels, groups, has_groups=has_groups)
 
 
-def _table_rows(path: Path, content: str) -> Iterator[tuple[str, str, str]]:
-    """Rows of a .csv (quoted as spreadsheets do) or .tsv (quotes are ordinary characters) with a header row."""
-    lines = io.StringIO(content, newline="")
-    tabs = path.suffix.lower() == ".tsv"
-    reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines)
-    header = [cell.strip().lower() for cell in next(reader)]
-    text, label, group = (
-        next((header.index(n) for n in known if n in header), None) for known in NAMES.values()
-    )
-    if text is None or label is None:
+def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Text, label and group of each row."""
+
+    def names_columns(header: list[str]) -> bool:
+        if all(any(name in header for name in NAMES[role]) for role in ("text", "label")):
+            return True
         raise BadInput(f"{path} has the columns {', '.join(header)}; its first row must name text and label")
-    try:
-        for row in reader:
-            if not any(cell.strip() for cell in row):
-                continue
-            cells = [
-                row[index] if index is not None and index < len(row) else "" for index in (text, label, group)
-            ]
-            yield _row(path, reader.line_num, *cells)
-    except csv.Error as error:
-        raise BadInput(
-            f"{path} line {reader.line_num} cannot be read as a table ({error}); check its quotes"
-        ) from None
 
-
-def _json_rows(path: Path, content: str) -> Iterator[tuple[str, str, str]]:
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise BadInput(
-                f'{path} line {number} is not {{"text": "…", "label": "…"}}; give one such object per line'
-            )
-        text, label, group = (next((row[n] for n in known if n in row), "") for known in NAMES.values())
+    for place, cells in read_table(path, "labelled file", is_header=names_columns):
+        text, label, group = (next((cells[n] for n in known if n in cells), "") for known in NAMES.values())
         if not isinstance(text, str) or isinstance(label, list | dict) or isinstance(group, list | dict):
-            raise BadInput(
-                f"{path} line {number}: text must be a string, label and group a string or a number"
-            )
-        yield _row(path, number, text, str(label), str(group))
-
-
-def _row(path: Path, number: int, text: str, label: str, group: str) -> tuple[str, str, str]:
-    if not text.strip() or not label.strip():
-        missing = "text" if not text.strip() else "label"
-        raise BadInput(f"{path} line {number} has no {missing}; every line needs a text and a label")
-    return text.strip(), label.strip(), group.strip()
+            raise BadInput(f"{place}: text must be a string, label and group a string or a number")
+        if not text.strip() or not str(label).strip():
+            missing = "label" if text.strip() else "text"
+            raise BadInput(f"{place} has no {missing}; every line needs a text and a label")
+        yield text.strip(), str(label).strip(), str(group).strip()

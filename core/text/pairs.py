@@ -7,12 +7,12 @@ the columns may stand in any order under the names of ``NAMES``.
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import BadInput
 from core.text._files import read_text
+from core.text.tables import read_table
 from core.types import content_hash
 
 NAMES = {
@@ -41,25 +41,20 @@ class Pairs:
 
 def load_pairs(path: Path) -> Pairs:
     """Read a pairs file; raises ``BadInput`` naming the line that is wrong and what is expected."""
-    lines = read_text(path, "pairs file").split("\n")
-    tabs = "\t" in lines[0]
-    reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines)
     scores: list[float] = []
     first: list[str] = []
     second: list[str] = []
-    order = (0, 1, 2)
-    for row in reader:
-        if not row:
-            continue
-        if not scores and (named := _header(row)) is not None:
-            order = named
-            continue
+    tabs = "\t" in read_text(path, "pairs file").split("\n", 1)[0]
+    for place, cells in read_table(path, "pairs file", is_header=_names_all, tabs=tabs):
+        order = [
+            next((n for n in known if n in cells), str(at)) for at, known in enumerate(NAMES.values(), 1)
+        ]
         try:
-            score, a, b = (row[index].strip() for index in order)
+            score, a, b = (cells[column].strip() for column in order)
             scores.append(float(score))
-        except (IndexError, ValueError):
+        except (KeyError, ValueError):
             raise BadInput(
-                f"{path} line {reader.line_num} is not score, text, text: {row!r}; separate three columns by "
+                f"{place} is not score, text, text: {list(cells.values())!r}; separate three columns by "
                 "tabs, or by commas with quotes"
             ) from None
         first.append(a)
@@ -72,9 +67,5 @@ def load_pairs(path: Path) -> Pairs:
     return Pairs(path.name, tuple(scores), tuple(first), tuple(second))
 
 
-def _header(row: list[str]) -> tuple[int, int, int] | None:
-    """Where score, first and second text stand, if this row names them."""
-    names = [cell.strip().lower() for cell in row]
-    places = [next((names.index(n) for n in known if n in names), None) for known in NAMES.values()]
-    score, first, second = places
-    return None if score is None or first is None or second is None else (score, first, second)
+def _names_all(header: list[str]) -> bool:
+    return all(any(name in header for name in known) for known in NAMES.values())

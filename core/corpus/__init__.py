@@ -1,0 +1,1 @@
+"""Rows to train on: read, split, tokenized and packed into batches. Knows no model."""
