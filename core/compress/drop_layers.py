@@ -17,7 +17,7 @@ from core.models.fp32_path import fast_fp32
 from core.models.loaded import LoadedModel
 from core.probes._interval import half_width
 from core.registry import Settings, method
-from core.reshape.depth import block_influence, greedy
+from core.reshape.depth import block_influence, evenly, greedy
 from core.reshape.shallower import renumbered, without_blocks
 from core.reshape.structure import Inventory, structural_result
 from core.types import Cost, Documents, Metric, Progress, Result, View, part_of
@@ -28,8 +28,14 @@ if TYPE_CHECKING:
     from core.models.anatomy import Anatomy
 
 Floats = NDArray[np.float64]
-Criterion = Literal["block_influence", "loss", "last", "random", "listed"]
+Criterion = Literal["block_influence", "loss", "last", "random", "listed", "even", "ends"]
 READS_TEXT = ("block_influence", "loss")
+BY_PLACE = {
+    "last": "",
+    "even": "Kept are round(linspace(0, L − 1, L')) of L blocks, as DistilBERT was made: a student to distil.",
+    "ends": "Kept are the first and the last half of what stays: the middle is gone (symmetric dropping).",
+}
+"""Criteria that look at nothing but where a block is, and what is noted of them."""
 LOSS_SAMPLES = 16
 """Each trial of criterion loss is a forward pass over this many windows, and there are up to count · layers trials."""
 _VIEWS = (
@@ -53,7 +59,8 @@ class DropLayersSettings(Settings):
     criterion: Criterion = Field(
         default="block_influence",
         description="block_influence: those that turn the residual stream least; loss: one by one, whichever raises the "
-        "loss least; last: those before the final one; listed: named below; random: the control",
+        "loss least; last: those before the final one; even: keeps the first, the last and blocks evenly between; ends: takes "
+        "out the middle; listed: named below; random: the control",
     )
     layers: str = Field(
         default="",
@@ -98,7 +105,7 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: DropLayersSettings) -> Cost
 def _left(anatomy: Anatomy, settings: DropLayersSettings) -> Mapping[str, float]:
     """Exact where the blocks are named or all alike; else which kind of block goes is not known beforehand."""
     n = anatomy.n_layers
-    named = _listed(anatomy, settings) if settings.criterion == "listed" else None
+    named = _named(anatomy, settings)
     share = 1 - (settings.count if named is None else len(named)) / n
     left = dict.fromkeys(("attention", "mlp", "router", "experts", "shared_expert", "norm"), share)
     if named is not None:
@@ -127,7 +134,9 @@ def run(
     text: 0 for a block that turns nothing. Criterion loss instead tries every block and drops the one without which the
     next-token loss is smallest, then tries all the others again. The config says how many layers are left and of which
     kind each is, so plain transformers builds the shallower model, with its cache numbered anew. Quality falls fast:
-    beyond a tenth to a fifth of the layers, plan a distillation.
+    beyond a tenth to a fifth of the layers, plan a distillation. For a student to distil, where a block stands says
+    enough: even is DistilBERT's choice (1910.01108), ends is the symmetric dropping of Sajjad et al. (2004.03844), which
+    keeps the lower ⌈L'/2⌉ and the upper ⌊L'/2⌋ of the L' blocks that stay.
     """
     loaded.refuse_if_packed()
     candidates = _candidates(loaded.anatomy, settings)
@@ -173,6 +182,21 @@ def _candidates(anatomy: Anatomy, settings: DropLayersSettings) -> list[int]:
     return free
 
 
+def _named(anatomy: Anatomy, settings: DropLayersSettings) -> list[int] | None:
+    """The blocks that go where neither text nor seed decides; None where one does."""
+    free, n = _candidates(anatomy, settings), anatomy.n_layers
+    left = n - settings.count
+    if settings.criterion == "listed":
+        return _listed(anatomy, settings)
+    if settings.criterion == "last":
+        return free[-settings.count :]
+    if settings.criterion == "even":
+        return [layer for layer in range(n) if layer not in evenly(left, n)]
+    if settings.criterion == "ends":
+        return list(range(-(-left // 2), n - left // 2))
+    return None
+
+
 def _listed(anatomy: Anatomy, settings: DropLayersSettings) -> list[int]:
     """The blocks named in ``layers``; raises ``BadInput`` for what is none."""
     words = settings.layers.replace(",", " ").split()
@@ -193,7 +217,7 @@ def _listed(anatomy: Anatomy, settings: DropLayersSettings) -> list[int]:
 def _refuse_unusable(loaded: LoadedModel, settings: DropLayersSettings) -> None:
     if settings.criterion in READS_TEXT and loaded.tokenizer is None:
         raise CannotCompress(
-            f"criterion {settings.criterion} reads text, which {loaded.ref} does not; choose last, listed or random"
+            f"criterion {settings.criterion} reads text, which {loaded.ref} does not; choose even, ends, last, listed or random"
         )
     if settings.criterion == "loss" and loaded.family != "decoder":
         raise CannotCompress(
@@ -209,10 +233,9 @@ def _choose(
     settings: DropLayersSettings,
 ) -> _Choice:
     nothing = np.full(loaded.anatomy.n_layers, np.nan)
-    if settings.criterion == "listed":
-        return _Choice(tuple(_listed(loaded.anatomy, settings)), nothing, nothing, nothing, (), "")
-    if settings.criterion == "last":
-        return _Choice(tuple(free[-settings.count :]), nothing, nothing, nothing, (), "")
+    named = _named(loaded.anatomy, settings)
+    if named is not None:
+        return _Choice(tuple(named), nothing, nothing, nothing, (), BY_PLACE.get(settings.criterion, ""))
     if settings.criterion == "random":
         drawn = np.random.default_rng(settings.seed).choice(free, settings.count, replace=False)
         return _Choice(

@@ -18,6 +18,7 @@ from core.errors import BadInput
 from core.lazy import torch
 from core.models.loaded import LoadedModel
 from core.models.sizes import block_of
+from core.reshape.depth import evenly
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,13 +104,6 @@ def layer_map(text: str, student: LoadedModel, teacher: LoadedModel) -> LayerMap
         return LayerMap.listed(text, n_student, n_teacher)
     found = taken_from(student, teacher)
     return LayerMap.even(n_student, n_teacher) if found is None else LayerMap(found, n_teacher, "taken")
-
-
-def evenly(n: int, of: int) -> tuple[int, ...]:
-    """``n`` numbers from 0 to ``of`` − 1, both ends among them; one alone is the last."""
-    if n == 1:
-        return (of - 1,)
-    return tuple(int(place * (of - 1) / (n - 1) + 0.5) for place in range(n))
 
 
 def taken_from(student: LoadedModel, teacher: LoadedModel) -> tuple[int, ...] | None:

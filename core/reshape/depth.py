@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 
+def evenly(n: int, of: int) -> tuple[int, ...]:
+    """``n`` of ``of`` places in equal steps, both ends among them: round(linspace(0, of − 1, n)); one is the first."""
+    return tuple(round(place * (of - 1) / (n - 1)) for place in range(n)) if n > 1 else (0,)
+
+
 @contextmanager
 def skipped(loaded: LoadedModel, layers: Sequence[int]) -> Iterator[None]:
     """Run the model as if these blocks were not there: each gives what it was given."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import transformers
 
 from core.capture import capture, capture_residual
+from core.compress import drop_layers
 from core.errors import BadInput, CannotCompress
 from core.intervene import intervene
 from core.models.loaded import LoadedModel
@@ -19,7 +21,7 @@ from core.models.open import open_model
 from core.models.sizes import component_sizes
 from core.models.weights import input_first
 from core.registry import get
-from core.reshape.depth import block_influence, greedy, losses
+from core.reshape.depth import block_influence, evenly, greedy, losses
 from core.reshape.shallower import without_blocks
 from core.types import Documents, ModelRef, Result, silent
 from tests.compress.making import own_model, save
@@ -138,8 +140,28 @@ def test_a_shallower_model_reloads_in_every_family_or_is_refused(family: str, tm
     reloads(loaded, tmp_path / "variant")
 
 
+def test_a_student_keeps_blocks_evenly_or_both_ends() -> None:
+    assert evenly(6, 12) == (0, 2, 4, 7, 9, 11)  # what DistilBERT's own script takes of BERT
+    assert evenly(3, 6) == (0, 2, 5)
+    assert evenly(30, 30) == tuple(range(30))
+    anatomy = replace(tiny_model("llama").anatomy, blocks=tiny_model("llama").anatomy.blocks * 4)  # 12 blocks
+    parse = get("compress", "drop_layers").parse
+    gone = {c: drop_layers._named(anatomy, parse({"criterion": c, "count": 7})) for c in ("even", "ends")}
+    assert gone["even"] == [1, 2, 4, 5, 7, 9, 10]  # 0, 2.75, 5.5, 8.25, 11 stay
+    assert gone["ends"] == [3, 4, 5, 6, 7, 8, 9]  # of 5 that stay, 3 are lower ones
+
+
+@pytest.mark.parametrize("criterion", ["even", "ends"])
+def test_dropping_by_place_reads_no_text(criterion: str, tmp_path: Path) -> None:
+    loaded = own_model("llama", tmp_path)
+    chosen = get("compress", "drop_layers")
+    result = chosen.run(loaded, None, silent, chosen.parse({"criterion": criterion, "count": 1}))
+    assert result.provenance.conditions["kept"] == [0, 2]
+    assert not result.provenance.inputs
+
+
 def test_prediction_counts_the_blocks_that_stay() -> None:
-    for family, settings in (("gpt2", {"count": 1}), ("deepseek_v3", {"criterion": "listed", "layers": "1"})):
+    for family, settings in (("gpt2", {"count": 1}), ("deepseek_v3", {"criterion": "even", "count": 1})):
         loaded = tiny_model(family)
         chosen = get("compress", "drop_layers")
         assert chosen.left is not None
@@ -162,7 +184,7 @@ def test_what_does_not_apply_is_refused_with_the_choices(tmp_path: Path) -> None
     ):
         with pytest.raises(BadInput, match=message):
             dropped(loaded, **settings)
-    with pytest.raises(CannotCompress, match="choose last, listed or random"):
+    with pytest.raises(CannotCompress, match="choose even, ends, last, listed or random"):
         dropped(tiny_model("vit"))
     with pytest.raises(CannotCompress, match="choose block_influence"):
         dropped(tiny_model("bert"), criterion="loss")
