@@ -105,7 +105,7 @@ def _cost(anatomy: Anatomy, n_tokens: int, settings: DropLayersSettings) -> Cost
 def _left(anatomy: Anatomy, settings: DropLayersSettings) -> Mapping[str, float]:
     """Exact where the blocks are named or all alike; else which kind of block goes is not known beforehand."""
     n = anatomy.n_layers
-    named = _named(anatomy, settings)
+    named = named_blocks(anatomy, settings)
     share = 1 - (settings.count if named is None else len(named)) / n
     left = dict.fromkeys(("attention", "mlp", "router", "experts", "shared_expert", "norm"), share)
     if named is not None:
@@ -182,7 +182,7 @@ def _candidates(anatomy: Anatomy, settings: DropLayersSettings) -> list[int]:
     return free
 
 
-def _named(anatomy: Anatomy, settings: DropLayersSettings) -> list[int] | None:
+def named_blocks(anatomy: Anatomy, settings: DropLayersSettings) -> list[int] | None:
     """The blocks that go where neither text nor seed decides; None where one does."""
     free, n = _candidates(anatomy, settings), anatomy.n_layers
     left = n - settings.count
