@@ -233,7 +233,7 @@ def _choose(
     settings: DropLayersSettings,
 ) -> _Choice:
     nothing = np.full(loaded.anatomy.n_layers, np.nan)
-    named = _named(loaded.anatomy, settings)
+    named = named_blocks(loaded.anatomy, settings)
     if named is not None:
         return _Choice(tuple(named), nothing, nothing, nothing, (), BY_PLACE.get(settings.criterion, ""))
     if settings.criterion == "random":
