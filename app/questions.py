@@ -33,6 +33,7 @@ _NEED_WORDS: dict[Need, str] = {
     "decoder": "a decoder",
     "encoder": "an encoder",
     "vision": "a vision model",
+    "classifier": "a text classifier",
     "text": "text",
     "heads": "plain attention heads in every layer",
     "moe": "experts",

@@ -25,7 +25,8 @@ Better = Literal["lower", "higher", "neither"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "lost"]
 RunKind = Literal["compress", "proof", "evaluate", "profile", "probe", "train", "export"]
 RunStatus = Literal["valid", "flagged"]
-Family = Literal["decoder", "encoder", "vision"]
+Family = Literal["decoder", "encoder", "vision", "classifier"]
+"""What a model answers with: the next token; vectors or masked tokens; classes of pictures; classes of texts."""
 
 
 class Progress(Protocol):

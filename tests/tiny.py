@@ -190,6 +190,16 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
             num_labels=10,
         )
     ),
+    # Text classifiers: of a pooled first position, of all positions, of the last token.
+    "bert_classifier": lambda: transformers.BertForSequenceClassification(
+        transformers.BertConfig(**_SIZES, intermediate_size=D_FF, num_labels=3)
+    ),
+    "electra_classifier": lambda: transformers.ElectraForSequenceClassification(
+        transformers.ElectraConfig(**_SIZES, intermediate_size=D_FF, embedding_size=D_MODEL, num_labels=3)
+    ),
+    "llama_classifier": lambda: transformers.LlamaForSequenceClassification(
+        transformers.LlamaConfig(**_GROUPED, num_labels=3)
+    ),
     # A distillation token beside the class token, and a picture that is not square.
     "deit": lambda: transformers.DeiTForImageClassification(
         transformers.DeiTConfig(
@@ -218,6 +228,8 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
 }
 SPECIAL_VISION: tuple[str, ...] = ("deit", "dinov2_registers")
 """Vision models with further special tokens, for the tests of anatomy and vision; other tests walk ``FAMILIES``."""
+CLASSIFIERS: tuple[str, ...] = ("bert_classifier", "electra_classifier", "llama_classifier")
+"""Text classifiers, for the tests of what a classifier answers."""
 HEADLESS: tuple[str, ...] = ("gpt_oss", "deepseek_v3", "jamba")
 """Decoders without plain attention heads in every layer: probes of heads refuse them."""
 SHIMMED: tuple[str, ...] = ("llama4",)
@@ -225,7 +237,7 @@ SHIMMED: tuple[str, ...] = ("llama4",)
 FUSED_ON_DISK: tuple[str, ...] = ("granitemoe", "gpt_oss", "llama4")
 """Stored with all experts of a layer in one tensor, which no file of integer grids can hold: such steps refuse them."""
 FAMILIES: tuple[str, ...] = tuple(
-    name for name in _BUILDERS if name not in (*SPECIAL_VISION, *HEADLESS, *SHIMMED)
+    name for name in _BUILDERS if name not in (*SPECIAL_VISION, *CLASSIFIERS, *HEADLESS, *SHIMMED)
 )
 """What every test of anatomy, heads, capture, compression and opening walks over."""
 DECODERS: tuple[str, ...] = tuple(name for name in FAMILIES if name not in ("bert", "vit"))
@@ -284,7 +296,7 @@ def _redraw(model: Any, seed: int) -> None:
 
 @cache
 def _tokenizer(family: str) -> Any:
-    return _wordpiece() if family == "bert" else _byte_level_bpe()
+    return _wordpiece() if family.startswith(("bert", "electra")) else _byte_level_bpe()
 
 
 def _byte_level_bpe() -> Any:

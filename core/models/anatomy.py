@@ -101,7 +101,13 @@ class Anatomy:
     head_transform: Path | None
     """What a masked language model applies between its last block and its unembedding (dense, activation, norm)."""
     unembedding: Path | None
-    """Unembedding, or a classifier on the CLS token; None for an encoder without a head."""
+    """Unembedding, or a classifier on the CLS token; None for an encoder without a head and for a text classifier."""
+    classifier: Path | None
+    """What turns a text's one vector (or, in RoBERTa's head, all its vectors) into class logits; None where texts are not
+    classified."""
+    pooler: Path | None
+    """What a text classifier applies before it to the first position (BERT); with none, the classifier reads all positions
+    itself, or of a causal model each one, the last of which answers."""
     tied: bool
     """Embedding and unembedding share one tensor."""
     norm_place: NormPlace
@@ -144,6 +150,11 @@ class Anatomy:
     def has_heads(self) -> bool:
         """Whether every layer attends by heads with a q, k, v and softmax of their own; what reads heads needs it."""
         return all(block.mixer == "heads" for block in self.blocks)
+
+    @property
+    def causal(self) -> bool:
+        """Whether no position looks ahead."""
+        return self.family == "decoder" or (self.family == "classifier" and self.norm_place != "post")
 
     def kv_head(self, head: int) -> int:
         """The key/value head that query head ``head`` reads: ⌊head · n_kv_heads / n_heads⌋."""

@@ -42,6 +42,7 @@ def find_anatomy(model: Any) -> Anatomy:
     position_embedding = _position_path(model, base, around, family)
     embedding = _embedding(model, architecture)
     head = _head(model)
+    classifier = _classifier(model) if family == "classifier" else None
     n_heads = config.num_attention_heads
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
     head_dim = _head_dim(model, blocks[with_heads], attention.fusion, n_heads, n_kv_heads)
@@ -64,6 +65,8 @@ def find_anatomy(model: Any) -> Anatomy:
         final_norm=_final_norm(model, base, around, attention),
         head_transform=path_or_none(model, "cls.predictions.transform"),
         unembedding=head,
+        classifier=classifier,
+        pooler=None if classifier is None else path_or_none(model, join(around, "pooler")),
         tied=head is not None
         and getattr(model.get_submodule(head), "weight", None) is getattr(embedding_module, "weight", ()),
         norm_place=attention.norm_place,
@@ -120,6 +123,8 @@ def _find_stack(model: Any, n_layers: int) -> tuple[str, Any]:
 def _family(model: Any, layout: AttentionLayout) -> Family:
     if model.main_input_name == "pixel_values":
         return "vision"
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return "classifier"
     return "encoder" if layout.norm_place == "post" else "decoder"
 
 
@@ -132,10 +137,23 @@ def _embedding(model: Any, architecture: str) -> str:
 
 def _head(model: Any) -> str | None:
     """The unembedding or classifier, if it reads one position's residual: DINOv2's also reads the patches' mean."""
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return None
     head = model.get_output_embeddings() or getattr(model, "classifier", None)
     if getattr(head, "in_features", None) not in (None, model.config.get_text_config().hidden_size):
         return None
     return path_of(model, head)
+
+
+def _classifier(model: Any) -> str:
+    """The head of a text classifier: ``score`` reads the last token of a decoder, ``classifier`` an encoder's text."""
+    found = first_present(model, "", ("score", "classifier"))
+    if found is None:
+        raise CannotOpen(
+            f"{type(model).__name__} has no module named score or classifier, so what answers is not known; this "
+            "architecture is not supported"
+        )
+    return found
 
 
 def _final_norm(model: Any, base: str, around: str, layout: AttentionLayout) -> str | None:

@@ -19,7 +19,7 @@ from core.lazy import torch
 from core.models.anatomy import Anatomy, Block
 from core.models.anatomy_experts import activation_function, check_experts
 from core.models.anatomy_trace import Check, Trace, trace_seeded
-from core.models.readout import unembed
+from core.models.readout import classify, unembed
 from core.models.weights import neuron_weight, output_weight, split_heads, to_query_heads
 
 if TYPE_CHECKING:
@@ -186,7 +186,18 @@ def _check_neurons(model: Any, anatomy: Anatomy, block: Block, trace: Trace) -> 
 
 
 def _check_lens(model: Any, anatomy: Anatomy, trace: Trace) -> Iterator[Check]:
-    """Identity 2: the lens at the last layer is the model's own logits, bit for bit."""
+    """Identity 2: the lens at the last layer, or the classifier on it, is the model's own logits, bit for bit."""
+    if anatomy.classifier is not None:
+        ids_BP = trace.inputs["input_ids"]
+        logits = classify(model, anatomy, trace.output[anatomy.blocks[-1].path], ids_BP)
+        assert trace.logits is not None
+        yield Check(
+            "classifier on the last layer gives the logits",
+            anatomy.classifier,
+            logits,
+            trace.logits,
+            exact=True,
+        )
     if anatomy.unembedding is None or trace.logits is None:
         return
     final = trace.output[anatomy.blocks[-1].path]

@@ -63,7 +63,7 @@ class LoadedModel:
 
     @property
     def family(self) -> Family:
-        """``decoder``, ``encoder`` or ``vision``."""
+        """``decoder``, ``encoder``, ``vision`` or ``classifier`` (of texts)."""
         return self.anatomy.family
 
     @property
@@ -81,6 +81,12 @@ class LoadedModel:
     def device(self) -> str:
         """The device the weights are on, e.g. ``cpu``."""
         return str(self.model.device)
+
+    @property
+    def runs_batches(self) -> bool:
+        """Whether it answers several texts at once: a causal classifier finds where a text ends by its padding token."""
+        causal_classifier = self.family == "classifier" and self.anatomy.causal
+        return not causal_classifier or self.model.config.get_text_config().pad_token_id is not None
 
     @property
     def offers(self) -> frozenset[Need]:

@@ -33,6 +33,7 @@ AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
     "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForImageClassification": "AutoModelForImageClassification",
     "Model": "AutoModel",
 }
@@ -195,7 +196,7 @@ def _architecture(folder: Path, config: dict[str, Any]) -> str:
         said = f"names the architecture {names[0]}" if names[0] else "names no architecture"
         raise CannotOpen(
             f"{folder}/config.json {said}; supported are causal and masked language models, encoders without a head, "
-            "and image classifiers"
+            "and classifiers of texts and of images"
         )
     architecture: str = names[0]
     if "auto_map" not in config and not hasattr(transformers, architecture):

@@ -31,6 +31,24 @@ def unembed(model: Any, anatomy: Anatomy, residual: Tensor) -> Tensor:
     return finish_logits(anatomy, model.get_submodule(anatomy.unembedding)(residual))
 
 
+def classify(model: Any, anatomy: Anatomy, residual_BPD: Tensor, ids_BP: Tensor) -> Tensor:
+    """Class logits [B, classes] of a text classifier from its last residual stream, as its own modules give them."""
+    assert anatomy.classifier is not None
+    head = model.get_submodule(anatomy.classifier)
+    if not anatomy.causal:
+        pooled = residual_BPD if anatomy.pooler is None else model.get_submodule(anatomy.pooler)(residual_BPD)
+        logits_BC: Tensor = head(pooled)
+        return logits_BC
+    assert anatomy.final_norm is not None
+    logits_BPC = head(model.get_submodule(anatomy.final_norm)(residual_BPD))
+    padding = model.config.get_text_config().pad_token_id
+    positions_BP = torch.arange(ids_BP.shape[1], device=ids_BP.device) * (
+        ids_BP != (-1 if padding is None else padding)
+    )
+    answered: Tensor = logits_BPC[torch.arange(len(ids_BP)), positions_BP.argmax(-1)]
+    return answered
+
+
 def finish_logits(anatomy: Anatomy, logits: Tensor) -> Tensor:
     """Apply the logit scale and softcap in the order the models do: logits → softcap · tanh(logits / softcap)."""
     if anatomy.logit_divisor != 1.0:

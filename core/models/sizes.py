@@ -168,7 +168,7 @@ def _outer_component(anatomy: Anatomy, parameter: str, owner: str) -> Component:
     embeddings = (anatomy.embedding, anatomy.position_embedding, anatomy.token_type_embedding)
     if any(path is not None and _inside(parameter, path) for path in embeddings):
         return "embedding"
-    heads = (anatomy.unembedding, anatomy.head_transform)
+    heads = (anatomy.unembedding, anatomy.head_transform, anatomy.classifier, anatomy.pooler)
     return "head" if any(path is not None and _inside(owner, path) for path in heads) else "other"
 
 

@@ -46,7 +46,13 @@ class Target:
         """Why it is left as it is, for one that no grid applies to."""
         if self.component in KEPT:
             return KEPT[self.component]
-        return "a bias: negligible size, kept" if self.name.endswith("bias") else "not a matrix product, kept"
+        if self.name.endswith("bias"):
+            return "a bias: negligible size, kept"
+        return (
+            "a part of what answers: small, kept"
+            if self.component == "head"
+            else "not a matrix product, kept"
+        )
 
 
 def projection_of(module: str) -> str:
@@ -67,6 +73,10 @@ def tied_names(model: Any) -> dict[str, str]:
 def _target(loaded: LoadedModel, name: str, parameter: Any) -> Target:
     block = block_of(loaded.anatomy, name)
     component = component_of(loaded.anatomy, name)
+    if any(
+        path and name.startswith(f"{path}.") for path in (loaded.anatomy.classifier, loaded.anatomy.pooler)
+    ):
+        return Target(name, None, component, "none")
     layout = _layout(loaded.model.get_submodule(name.rpartition(".")[0]), name, parameter, component)
     return Target(name, block.index if block else None, component, layout)
 

@@ -287,4 +287,4 @@ def _probe_inputs(loaded: LoadedModel) -> dict[str, Tensor]:
         return {"pixel_values": torch.arange(float(torch.Size(shape).numel())).sin().reshape(shape)}
     length = min(PROBE_TOKENS, loaded.anatomy.context_length)
     ids = (torch.arange(2 * length) * 7919 + 13) % loaded.anatomy.vocab_size
-    return {"input_ids": ids.reshape(2, length)}
+    return {"input_ids": ids.reshape(2, length)[: 2 if loaded.runs_batches else 1]}

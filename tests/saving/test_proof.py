@@ -147,3 +147,14 @@ def test_experts_are_stored_one_by_one(tmp_path: Path) -> None:
         names = set(file.keys())
     assert any(".experts.3.w2.weight_packed" in name for name in names)
     assert not any("gate_up_proj" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    "family", ["bert_classifier", pytest.param("llama_classifier", marks=pytest.mark.slow)]
+)
+def test_a_text_classifier_is_proved(family: str, tmp_path: Path) -> None:
+    made = compress(own_model(family, tmp_path), INT4, None, tmp_path / "variant", silent)
+    assert made.proof.passed
+    assert made.proof.loader == "AutoModelForSequenceClassification.from_pretrained(folder)"
+    head = made.result.frame.query("component == 'head'")
+    assert not head["touched"].any(), "a classifier's few rows are kept"
