@@ -120,7 +120,7 @@ def forms_of(packed: PackedTensor | PackedExperts) -> tuple[PackedTensor, ...]:
 
 
 def refuse_no_grid(loaded: LoadedModel, train: str) -> None:
-    """Raise ``CannotCompress`` where nothing is quantized, or where inputs are rounded, which has no gradient.
+    """Raise ``CannotCompress`` where nothing is quantized.
 
     Otherwise packed weights take the values of their reload at once (``core.saving.description.settle``): trained is what
     is stored.
@@ -129,11 +129,6 @@ def refuse_no_grid(loaded: LoadedModel, train: str) -> None:
         raise CannotCompress(
             f"train={train} is for a quantized model, and nothing of this one is; put a quantizing step before, or choose all "
             "or lora"
-        )
-    if loaded.activations:
-        raise CannotCompress(
-            f"train={train}: this model rounds what its linear layers read (W8A8), a step without derivative; recover a "
-            "variant that rounds weights only"
         )
     settle(loaded)
 

@@ -48,7 +48,7 @@ class LearnedScales:
 
 
 def prepare(loaded: LoadedModel) -> Following:
-    """Scales, norms and biases; raises ``CannotCompress`` for a model that is not quantized or rounds its inputs."""
+    """Scales, norms and biases; raises ``CannotCompress`` for a model that is not quantized."""
     refuse_no_grid(loaded, "scales_and_norms")
     forms: dict[str, tuple[Rule, ...]] = {}
     for module, packed in loaded.packed.items():

@@ -81,8 +81,7 @@ class NarrowFloat:
 
 
 def prepare(loaded: LoadedModel) -> Following:
-    """All that is quantized, norms and biases; raises ``CannotCompress`` for a model that is not quantized or rounds its
-    inputs."""
+    """All that is quantized, norms and biases; raises ``CannotCompress`` for a model that is not quantized."""
     refuse_no_grid(loaded, "straight_through")
     forms = {module: tuple(_rule(form) for form in forms_of(p)) for module, p in loaded.packed.items()}
     return Following(loaded, forms, small(loaded))
