@@ -4,7 +4,7 @@
 
 Runs in an environment of its own and imports nothing of Slimscope. ``OUT_FOLDER`` receives a model that plain
 transformers opens, whose weights are exactly what the library's file gives back, and ``peer.json``: library, version,
-bytes of its own weight files, seconds. Calibration is the token ids that our methods read: [[id, …], …].
+bytes of its own weight files, wall and processor seconds. Calibration is the token ids that our methods read: [[id, …], …].
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ def main() -> None:
     library, bits, folder, out, calibration = sys.argv[1:]
     with open(calibration, encoding="utf-8") as stream:
         ids = json.load(stream)
-    started = time.perf_counter()
-    model, stored, version, seconds = LIBRARIES[library](Path(folder), int(bits), ids)
-    seconds = seconds or time.perf_counter() - started
+    model, stored, version, (seconds, cpu_seconds) = LIBRARIES[library](Path(folder), int(bits), ids)
     target = Path(out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     dense = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -39,12 +37,25 @@ def main() -> None:
         raise SystemExit(f"{library} left {replaced.unexpected_keys[:3]}, which the model has not")
     dense.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    facts = {"library": library, "version": version, "bytes": stored, "seconds": seconds}
+    facts = {
+        "library": library, "version": version, "bytes": stored, "seconds": seconds, "cpu_seconds": cpu_seconds,
+    }  # fmt: skip
     (target / "peer.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-Made = tuple[dict[str, torch.Tensor], int, str, float]
-"""Dense weights by parameter name, bytes of the library's files, its version, seconds of quantizing (0: of everything)."""
+class Clock:
+    """Wall and processor seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        """Both, so far."""
+        return time.perf_counter() - self._wall, time.process_time() - self._cpu
+
+
+Made = tuple[dict[str, torch.Tensor], int, str, tuple[float, float]]
+"""Dense weights by parameter name, bytes of the library's files, its version, wall and processor seconds of quantizing."""
 
 
 def quanto(folder: Path, bits: int, ids: list[list[int]]) -> Made:
@@ -55,11 +66,11 @@ def quanto(folder: Path, bits: int, ids: list[list[int]]) -> Made:
 
     del ids
     model = opened(folder, torch.bfloat16)
-    started = time.perf_counter()
+    clock = Clock()
     wrapped = QuantizedModelForCausalLM.quantize(
         model, weights={8: qint8, 4: qint4, 2: qint2}[bits], exclude="lm_head"
     )
-    seconds = time.perf_counter() - started
+    seconds = clock.read()
     with tempfile.TemporaryDirectory() as scratch:
         wrapped.save_pretrained(scratch)
         stored = weight_bytes(Path(scratch))
@@ -87,11 +98,11 @@ def bitsandbytes(folder: Path, bits: int, ids: list[list[int]]) -> Made:
             bnb_4bit_compute_dtype=torch.float32,
         )
     )
-    started = time.perf_counter()
+    clock = Clock()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=settings, dtype=torch.bfloat16
     )
-    seconds = time.perf_counter() - started
+    seconds = clock.read()
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch)
         stored = weight_bytes(Path(scratch))
@@ -115,9 +126,9 @@ def torchao(folder: Path, bits: int, ids: list[list[int]]) -> Made:
     del ids
     assert bits == 8, "torchao's integer files under 8 bits are not packed on the CPU"
     model = opened(folder, torch.bfloat16)
-    started = time.perf_counter()
+    clock = Clock()
     quantize_(model, Int8WeightOnlyConfig())
-    seconds = time.perf_counter() - started
+    seconds = clock.read()
     with tempfile.NamedTemporaryFile() as scratch:
         torch.save(model.state_dict(), scratch.name)
         stored = Path(scratch.name).stat().st_size
@@ -141,10 +152,10 @@ def auto_round(folder: Path, bits: int, ids: list[list[int]]) -> Made:
         str(folder), tokenizer, bits=bits, group_size=GROUP, sym=False, nsamples=len(ids), seqlen=len(ids[0]),
         dataset=data, batch_size=8, low_gpu_mem_usage=False, enable_torch_compile=False,
     )  # fmt: skip
-    started = time.perf_counter()
+    clock = Clock()
     with tempfile.TemporaryDirectory() as scratch:
         rounder.quantize_and_save(scratch, format="auto_round")
-        seconds = time.perf_counter() - started
+        seconds = clock.read()
         stored = weight_bytes(Path(scratch))
         dense = {n: p.detach().float() for n, p in unpacked(Path(scratch), bits)}
     return dense, stored, version("auto-round"), seconds
@@ -194,12 +205,12 @@ def llm_compressor(folder: Path, bits: int, ids: list[list[int]]) -> Made:
     modifier = GPTQModifier(
         config_groups={"all": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"]
     )
-    started = time.perf_counter()
+    clock = Clock()
     oneshot(
         model=model, processor=tokenizer, dataset=data, recipe=modifier, num_calibration_samples=len(ids),
         max_seq_length=len(ids[0]),
     )  # fmt: skip
-    seconds = time.perf_counter() - started
+    seconds = clock.read()
     dense = {n: p.detach().float().clone() for n, p in model.named_parameters() if n.endswith("proj.weight")}
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch, save_compressed=True)
