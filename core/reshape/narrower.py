@@ -72,7 +72,7 @@ def narrowed(loaded: LoadedModel, part: Part, kept: Units) -> tuple[Any, float |
     dimension there is no such identity, since norms count the dimensions: None. Raises ``CannotCompress`` where this
     architecture cannot have that size.
     """
-    model = _cut(loaded, part, kept)
+    model = cut_to(loaded, part, kept)
     got = probe_output(loaded, model)
     if part == "hidden":
         return model, None
@@ -81,10 +81,11 @@ def narrowed(loaded: LoadedModel, part: Part, kept: Units) -> tuple[Any, float |
 
 def check_size(loaded: LoadedModel, part: Part, kept: Units) -> None:
     """Raise ``CannotCompress`` unless a model of that size can be built, filled and run."""
-    probe_output(loaded, _cut(loaded, part, kept))
+    probe_output(loaded, cut_to(loaded, part, kept))
 
 
-def _cut(loaded: LoadedModel, part: Part, kept: Units) -> Any:
+def cut_to(loaded: LoadedModel, part: Part, kept: Units) -> Any:
+    """The model cut to these units, whatever the others wrote; ``loaded`` stays as it is. Raises ``CannotCompress``."""
     anatomy = loaded.anatomy
     n_kept = len(next(iter(kept.values())))
     config = edited_config(loaded, _config_values(loaded, part, n_kept))
