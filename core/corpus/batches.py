@@ -51,6 +51,8 @@ class Batch:
     """Class of each row (int64), or score of each pair (float32); None where there is neither."""
     types_BP: Tensor | None = None
     """1 in the second text of a labelled pair, for models that tell the two apart; else None."""
+    by_mask: bool = False
+    """Whether a decoder must be given ``attention_mask``: it does not make its masks from positions."""
 
     @cached_property
     def n_targets(self) -> int:
@@ -79,16 +81,13 @@ class Batch:
         holds without a cache only, so ``use_cache`` is off. An encoder is given a mask, of ``dtype`` (float32) where
         texts share rows.
         """
-        if family == "decoder":
+        if family == "decoder" and not self.by_mask:
             return {"input_ids": self.ids_BP, "position_ids": self.positions_BP, "use_cache": False}
-        mask = self.attention_mask(dtype or torch.float32, causal=False)
-        types = {} if self.types_BP is None else {"token_type_ids": self.types_BP}
-        return {
-            "input_ids": self.ids_BP,
-            "position_ids": self.positions_BP,
-            "attention_mask": mask,
-            **types,
-        }
+        mask = self.attention_mask(dtype or torch.float32, causal=family == "decoder")
+        placed = {"input_ids": self.ids_BP, "position_ids": self.positions_BP, "attention_mask": mask}
+        if family == "decoder":
+            return {**placed, "use_cache": False}
+        return placed if self.types_BP is None else {**placed, "token_type_ids": self.types_BP}
 
     def attention_mask(self, dtype: Any, *, causal: bool = True) -> Tensor | None:
         """The same as one tensor, for what takes no positions; a model with sliding windows would lose them by it.
@@ -107,10 +106,9 @@ class Batch:
 
     def to(self, device: Any) -> Batch:
         """The batch on another device."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +125,8 @@ class TrainingData:
     encoded: Encoded
     layout: Layout
     labels_R: NDArray[Any] | None
+    by_mask: bool = False
+    """See ``Batch.by_mask``; ``core.corpus.fitting`` sets it."""
 
     @property
     def n_rows(self) -> int:
@@ -202,10 +202,14 @@ class TrainingData:
             positions[b, at:] = np.arange(at - start, length - start)
         labels = None if self.labels_R is None else self.labels_R[np.asarray(indices)]
         return Batch(
-            *map(torch.from_numpy, (ids, segments, positions, targets)),
+            ids_BP=torch.from_numpy(ids),
+            segments_BP=torch.from_numpy(segments),
+            positions_BP=torch.from_numpy(positions),
+            targets_BP=torch.from_numpy(targets),
             rows_B=torch.as_tensor(list(indices), dtype=torch.int64),
             labels_B=None if labels is None else torch.from_numpy(labels),
             types_BP=None if self.encoded.types_T is None else torch.from_numpy(types),
+            by_mask=self.by_mask,
         )
 
 

@@ -136,6 +136,8 @@ def _string(record: Record, column: str) -> str:
     value = record.cells.get(column)
     if not isinstance(value, str) or not value.strip():
         raise BadInput(f"{record.place} has no {column}; every row needs one, and it must be text")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise BadInput(f"{record.place} has half of a character (a lone surrogate) in {column}; write it again")
     return value
 
 

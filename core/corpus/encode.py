@@ -141,8 +141,10 @@ def _joined(texts: list[_Text], window: int, *, n_cut: int) -> Encoded:
     """All texts end to end, each without what lies behind the window."""
     lengths = [min(len(text.ids), window) for text in texts]
     paired = any(text.types is not None for text in texts)
-    none = np.zeros(window, dtype=np.int8)
-    types = [(none if text.types is None else text.types)[:n] for text, n in zip(texts, lengths, strict=True)]
+    types = [
+        np.zeros(n, np.int8) if text.types is None else text.types[:n]
+        for text, n in zip(texts, lengths, strict=True)
+    ]
     return Encoded(
         ids_T=np.concatenate([text.ids[:window] for text in texts]),
         learned_T=np.concatenate([text.learned[:window] for text in texts]),

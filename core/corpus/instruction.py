@@ -51,7 +51,7 @@ def _answer_spans(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The whole conversation as text, and begin and end of each answer in it."""
     whole = _rendered(messages, tokenizer, where)
-    spans = []
+    spans: list[tuple[int, int]] = []
     for turn, message in enumerate(messages):
         if message.role != "assistant":
             continue

@@ -6,6 +6,7 @@ Knows no file and no tokenizer.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from core.corpus.rows import Row, Rows
@@ -60,26 +61,30 @@ def leaks(train: Rows, other: Rows) -> list[Leak]:
     found = []
     for index, row in enumerate(other.rows):
         if (at := asked.get(other.keys[index])) is not None:
-            found.append(Leak(index, at, _excerpt(row.given), whole=True))
+            found.append(Leak(index, at, excerpt(row.given), whole=True))
         elif running and (shared := [said[p] for p in long_paragraphs_of(row) if p in said]):
-            found.append(Leak(index, min(shared), _excerpt(row.given), whole=False))
+            found.append(Leak(index, min(shared), excerpt(row.given), whole=False))
     return found
 
 
 def refuse_leakage(train: Rows, other: Rows | Documents) -> None:
     """``BadInput`` naming examples, where training rows give away what is measured on."""
     measured = as_rows(other) if isinstance(other, Documents) else other
-    found = leaks(train, measured)
-    if found:
-        examples = "; ".join(
-            f"row {leak.row + 1} ({leak.excerpt!r}) {'is' if leak.whole else 'shares a paragraph with'} training row "
-            f"{leak.train_row + 1}"
-            for leak in found[:SHOWN]
-        )
-        raise BadInput(
-            f"{len(found):,} of {len(measured):,} rows of {measured.name} are learned from in {train.name}: {examples}; a "
-            "number measured on them would mean nothing: leave them out of one of both"
-        )
+    if found := leaks(train, measured):
+        raise BadInput(leakage_refusal(train, measured, found))
+
+
+def leakage_refusal(train: Rows, measured: Rows, found: Sequence[Leak]) -> str:
+    """Why a training on ``train`` is not measured on ``measured``, with examples."""
+    examples = "; ".join(
+        f"row {leak.row + 1} ({leak.excerpt!r}) {'is' if leak.whole else 'shares a paragraph with'} training row "
+        f"{leak.train_row + 1}"
+        for leak in found[:SHOWN]
+    )
+    return (
+        f"{len(found):,} of {len(measured):,} rows of {measured.name} are learned from in {train.name}: {examples}; a "
+        "number measured on them would mean nothing: leave them out of one of both"
+    )
 
 
 def duplicates(rows: Rows) -> dict[str, list[int]]:
@@ -92,6 +97,7 @@ def duplicates(rows: Rows) -> dict[str, list[int]]:
     return found
 
 
-def _excerpt(text: str) -> str:
+def excerpt(text: str, length: int = EXCERPT) -> str:
+    """The beginning of a text on one line."""
     flat = " ".join(text.split())
-    return flat if len(flat) <= EXCERPT else flat[: EXCERPT - 1] + "…"
+    return flat if len(flat) <= length else flat[: length - 1] + "…"

@@ -21,7 +21,8 @@ def split(rows: Rows, *, held_out: float = 0.1, seed: int = 0) -> tuple[Rows, Ro
     A held-out document that shares a long paragraph with a training one is left out of both, and a note says how many.
     Raises ``BadInput`` where a side stays empty, or a label would never be learned.
     """
-    train, held = [], []
+    train: list[int] = []
+    held: list[int] = []
     for index, key in enumerate(rows.keys):
         (held if _place(key, seed) < held_out else train).append(index)
     if not train or not held:

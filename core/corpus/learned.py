@@ -1,0 +1,59 @@
+"""Rows and the models that learned from them: remembered after a training, refused in an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from core.corpus.rows import Rows, fold
+from core.errors import BadInput
+from core.models.learned import Learned
+from core.models.loaded import LoadedModel
+from core.text.disjoint import digest
+
+HEX = 16
+"""Characters kept of a question's hash: two of a million different questions meet with a chance of 3e-8."""
+SHOWN = 3
+
+
+def remember(loaded: LoadedModel, source: Rows, train: Rows) -> None:
+    """Note in the model that it learned from ``train``, which are rows of ``source``; they are saved with it."""
+    found = Learned(source.name, source.fingerprint, tuple(sorted(set(_questions(train)))))
+    if found not in loaded.learned:
+        loaded.learned = (*loaded.learned, found)
+
+
+def never_learned(rows: Rows, models: Sequence[LoadedModel]) -> Rows:
+    """The rows that none of the models learned from.
+
+    Of a file that one of them was trained on these are its held-out rows. Any other file must have no row that was
+    learned from: ``BadInput`` names examples.
+    """
+    learned = [one for loaded in models for one in loaded.learned]
+    known = {question for one in learned for question in one.questions}
+    questions = _questions(rows)
+    met = [number for number, question in enumerate(questions) if question in known]
+    if not met:
+        return rows
+    if rows.fingerprint not in {one.fingerprint for one in learned}:
+        examples = "; ".join(f"row {n + 1} ({' '.join(rows.rows[n].given.split())[:60]!r})" for n in met[:SHOWN])
+        names = ", ".join(dict.fromkeys(one.name for one in learned))
+        raise BadInput(
+            f"{len(met):,} of {len(rows):,} rows of {rows.name} were learned from (in {names}): {examples}; a number "
+            "measured on them would mean nothing: leave them out, or give the training file itself, of which the held-out "
+            "rows are taken"
+        )
+    if len(met) == len(rows):
+        raise BadInput(f"every row of {rows.name} was learned from; give rows that were not")
+    kept = sorted(set(range(len(rows))) - set(met))
+    note = (
+        f"The {len(kept):,} of {len(rows):,} rows of {rows.name} that were held out in training; on them the best weights "
+        "of a training are chosen, which flatters it a little."
+    )
+    return rows.take(kept, named=f"{rows.name} (held out)", notes=(note,))
+
+
+def _questions(rows: Rows) -> list[str]:
+    """A pair's order does not count."""
+    if rows.kind == "pairs":
+        return [key[:HEX] for key in rows.keys]
+    return [digest(fold(row.given)).hex()[:HEX] for row in rows.rows]
