@@ -6,7 +6,7 @@
 Every row is a fresh process on the same windows, grids (affine, groups of 32, scales from the original weights),
 damping 0.01 and order of inputs (falling Σx²). Time is that of the quantization; opening the model is left out.
 
-* ``ours``: ``quantize_blocks`` with default settings, as the gptq step runs it.
+* ``ours``: ``quantize_blocks`` with default settings, as the gptq step runs it; also with ``precision=bfloat16``.
 * ``textbook``: as the authors published it (https://github.com/IST-DASLab/gptq): blocks in order, their inputs kept; one
   window at a time; each linear layer with an XᵀX of its own, also where layers read the same inputs; each weight by
   itself, column by column in runs of 128; then each window once more through the quantized block.
@@ -70,7 +70,7 @@ def main() -> None:
         print(json.dumps(layer_loss(Path(options.score), options)))
         return
     names = [
-        "ours", *([] if options.no_textbook else ["textbook"]), *(["textbook, prefix"] if options.prefix else []),
+        "ours", "ours, walk in bfloat16", *([] if options.no_textbook else ["textbook"]), *(["textbook, prefix"] if options.prefix else []),
         *(["llm-compressor"] if options.peer else []),
     ]  # fmt: skip
     size = f"{options.samples} × {options.sample_tokens} tokens"
@@ -143,8 +143,11 @@ def measured(name: str, file: str, options: argparse.Namespace) -> dict[str, Any
     settings, open_mb = GridSettings(bits=options.bits), peak_mb()
     wall, cpu = time.perf_counter(), time.process_time()
     with torch.inference_mode():
-        if name == "ours":
-            how = GptqOptions(DAMPING, act_order=True, fit_grid=False)
+        if name.startswith("ours"):
+            how = GptqOptions(
+                DAMPING, act_order=True, fit_grid=False,
+                precision="bfloat16" if "bfloat16" in name else "float32",
+            )  # fmt: skip
             quantize_blocks(loaded, windows, assign(loaded, settings), how, progress=silent, scratch=None)
         else:
             textbook(loaded, windows, settings.grid, prefix="prefix" in name)

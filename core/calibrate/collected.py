@@ -49,7 +49,10 @@ class Inputs:
         if "gram" in self.collect:
             if self._upper_II is None:
                 self._upper_II = x_TI.new_zeros(x_TI.shape[1], x_TI.shape[1])
-            add_gram(self._upper_II, x_TI)
+            with torch.autocast(
+                x_TI.device.type, enabled=False
+            ):  # a sum of many in 8 bits of mantissa is none
+                add_gram(self._upper_II, x_TI)
         if "mean_abs" in self.collect:
             self._sum_abs_I = _plus(self._sum_abs_I, x_TI.abs().sum(0))
         if "max_abs" in self.collect:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from core.lazy import torch
 from core.models.anatomy import Block
@@ -24,6 +24,8 @@ TOKENS_AT_ONCE = 2048
 """Tokens of one batch on a CPU: enough to fill its matrix kernels, and few enough to keep activations small. Fixed, so
 that results do not depend on a machine's memory."""
 TOKENS_AT_ONCE_ACCELERATOR = 16_384
+Precision = Literal["float32", "bfloat16"]
+"""What the products of a walk are computed in; the stream between blocks and the statistics keep the model's own."""
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Tick = Callable[[float], None]
 """Told which share of the windows is done."""
@@ -36,8 +38,8 @@ class Enough(Exception):
 class Stage:
     """The residual stream of all windows at the entrance of one block, and the means to bring it behind that block."""
 
-    def __init__(self, loaded: LoadedModel, ids_BP: Tensor) -> None:
-        self._loaded, self._ids_BP = loaded, ids_BP
+    def __init__(self, loaded: LoadedModel, ids_BP: Tensor, *, precision: Precision = "float32") -> None:
+        self._loaded, self._ids_BP, self._precision = loaded, ids_BP, precision
         self._arguments: dict[int, list[Arguments]] = {}
         self._tuples = self._gives_tuple()
         self.batch = max(1, _tokens_at_once(loaded) // ids_BP.shape[1])
@@ -54,7 +56,10 @@ class Stage:
         module = self._loaded.model.get_submodule(block.path)
         if not torch.is_inference_mode_enabled():  # autograd refuses what was noted in inference mode
             args, kwargs = _ordinary(args), _ordinary(kwargs)
-        output = module(stream_bPD, *args, **kwargs)
+        with torch.autocast(
+            torch.device(self._loaded.device).type, torch.bfloat16, enabled=self._precision == "bfloat16"
+        ):
+            output = module(stream_bPD, *args, **kwargs)
         given_bPD: Tensor = output if torch.is_tensor(output) else output[0]
         return given_bPD
 

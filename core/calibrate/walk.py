@@ -11,7 +11,7 @@ Legend: ``B`` windows, ``b`` windows of one batch, ``P`` positions, ``D`` d_mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from core.calibrate.block_file import read_block, write_block
 from core.calibrate.collected import Gatherer, Inputs, Statistic
 from core.calibrate.matrices import matrices
-from core.calibrate.stage import TOKENS_AT_ONCE, Enough, Stage, Tick
+from core.calibrate.stage import TOKENS_AT_ONCE, Enough, Precision, Stage, Tick
 from core.calibrate.windows import Sampling
 from core.lazy import torch, transformers
 from core.models.anatomy import Anatomy, Block
@@ -58,20 +58,22 @@ def walk(
     progress: Progress,
     scratch: Path | None,
     feed: Literal["changed", "original"] = "changed",
+    precision: Precision = "float32",
 ) -> list[Any]:
     """Change every block in turn; what ``change`` reported, by block.
 
     ``feed`` says whether a block reads what the changed blocks before it give, so that it can make good part of their
-    error, or what the original ones gave. Hold ``loaded.lock``, without gradients. ``progress`` may raise
+    error, or what the original ones gave. ``precision`` is that of the passes over the windows. Hold ``loaded.lock``, without gradients. ``progress`` may raise
     ``Cancelled``; whatever ends a run, blocks in ``scratch`` stay finished. ``scratch`` must be this step's own: that
     text and base are the same is checked, that settings are is the caller's matter.
     """
     blocks, wanted = loaded.anatomy.blocks, frozenset(collect)
-    folder = None if scratch is None else _folder(scratch, loaded, windows_BP, [*sorted(wanted), feed])
+    kind = [*sorted(wanted), feed, precision]
+    folder = None if scratch is None else _folder(scratch, loaded, windows_BP, kind)
     finished = _finished(folder, blocks)
     reports: list[Any] = []
     with fast_fp32(n_experts=loaded.anatomy.n_experts):
-        stage = Stage(loaded, windows_BP)
+        stage = Stage(loaded, windows_BP, precision=precision)
         for block in blocks:
             ahead = part_of(progress, block.index / len(blocks), (block.index + 1) / len(blocks))
             tick = _ticks(ahead, f"block {block.index + 1} of {len(blocks)}")
@@ -140,10 +142,10 @@ def _ticks(progress: Progress, said: str) -> Tick:
     return lambda share: progress(share, 1.0, said)
 
 
-def _folder(scratch: Path, loaded: LoadedModel, windows_BP: Tensor, kind: list[str]) -> Path:
+def _folder(scratch: Path, loaded: LoadedModel, windows_BP: Tensor, kind: Sequence[str]) -> Path:
     """The folder of exactly this walk: other text or libraries begin anew."""
     versions = [torch.__version__, transformers.__version__]
-    key = content_hash([loaded.fingerprint, windows_BP.tolist(), kind, versions, loaded.device])
+    key = content_hash([loaded.fingerprint, windows_BP.tolist(), list(kind), versions, loaded.device])
     folder = scratch / f"walk-{key[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from pydantic import Field
 
+from core.calibrate.stage import Precision
 from core.calibrate.walk import cost_of_walk
 from core.calibrate.windows import read_calibration
 from core.lazy import torch
@@ -37,6 +38,10 @@ class GptqSettings(GridSettings):
     fit_grid: bool = Field(
         default=False,
         description="First clip each group's range, and refit its scale, where that moves the layer's outputs less",
+    )
+    precision: Precision = Field(
+        default="float32",
+        description="Of the passes over the text: bfloat16 takes half the time where the processor has it",
     )
     samples: int = Field(default=128, ge=1, le=4096, description="Calibration windows at most")
     sample_tokens: int = Field(
@@ -72,7 +77,7 @@ def run(
     schemes = assign(loaded, settings)
     refuse_fused_on_disk(loaded, schemes)
     text = read_calibration(loaded, calibration, settings)
-    options = GptqOptions(settings.damping, settings.act_order, settings.fit_grid)
+    options = GptqOptions(settings.damping, settings.act_order, settings.fit_grid, settings.precision)
     with loaded.lock, torch.inference_mode():
         rows, lines = quantize_blocks(
             loaded, text.windows_BP, schemes, options, progress=progress, scratch=scratch

@@ -72,7 +72,10 @@ def quantize_blocks(
                 done[target.name] = _put_nearest(loaded, target, schemes.get(target.name))
         return {"rows": [done[target.name] for target in mine], "layers": lines}
 
-    reports = walk(loaded, windows_BP, change, collect=["gram"], progress=progress, scratch=scratch)
+    reports = walk(
+        loaded, windows_BP, change, collect=["gram"], progress=progress, scratch=scratch,
+        precision=options.precision,
+    )  # fmt: skip
     rows += [row for report in reports for row in report["rows"]]
     order = {target.module: index for index, target in enumerate(todo)}
     rows.sort(key=lambda row: order[row["module"]])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.calibrate.collected import Inputs
 from core.calibrate.matrices import Matrix
+from core.calibrate.stage import Precision
 from core.lazy import torch
 from core.numerics.packed import PackedTensor
 from core.quantize.columns import Part, gptq
@@ -35,6 +36,8 @@ class GptqOptions:
     damping: float
     act_order: bool
     fit_grid: bool
+    precision: Precision = "float32"
+    """Of the passes over the calibration windows."""
 
 
 def solve(

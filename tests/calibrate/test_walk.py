@@ -231,3 +231,19 @@ def test_text_that_is_too_short_says_how_much_it_takes() -> None:
             sample_tokens=512,
             seed=0,
         )
+
+
+def test_a_walk_in_bfloat16_reads_nearly_the_same_and_adds_up_in_float32() -> None:
+    ids_BP = some_windows()
+    grams = {}
+    for precision in ("float32", "bfloat16"):
+        loaded, seen = tiny_model("llama"), {}
+        with torch.inference_mode():
+            walk(
+                loaded, ids_BP, lambda b, c, seen=seen: seen.update({b.index: c.inputs}), collect=["gram"],
+                progress=silent, scratch=None, precision=precision,
+            )  # fmt: skip
+        grams[precision] = [inputs.gram_II for inputs in seen[1].values()]
+    for exact_II, rounded_II in zip(*grams.values(), strict=True):
+        assert rounded_II.dtype == torch.float32
+        assert 0 < (rounded_II - exact_II).norm() / exact_II.norm() < 0.02
