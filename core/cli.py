@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from core import commands
+from core import commands, learning_commands
 from core.errors import Cancelled, SlimscopeError, refused_by_system
 from core.output import human, plain
 from core.profile.protocol import EFFORTS
@@ -99,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_looking(add)
     _add_making(add)
+    _add_learning(add)
     _add_leaving(add)
     _add_measuring(add)
     _add_keeping(add)
@@ -166,6 +167,42 @@ def _add_making(add: Add) -> None:
     )
 
 
+def _add_learning(add: Add) -> None:
+    parser = add("distil", learning_commands.distil_command)
+    _takes_model(parser, "model")
+    parser.add_argument("--template", help="a ready recipe: half, two_thirds, narrow, recover, dense or task")
+    parser.add_argument("--layers", type=int, metavar="N", help="layers the student keeps")
+    parser.add_argument(
+        "--criterion", default="even", help="which: even, ends, block_influence … (default: %(default)s)"
+    )
+    parser.add_argument("--width", type=float, metavar="SHARE", help="share of every MLP's neurons it keeps")
+    parser.add_argument(
+        "--bits", type=int, metavar="N", help="round it with GPTQ; then scales and norms learn"
+    )
+    parser.add_argument("--student", metavar="MODEL", help="an existing model instead")
+    parser.add_argument(
+        "--step", action="append", default=[], metavar="METHOD:KEY=VALUE,…", help="a further step; repeatable"
+    )
+    parser.add_argument("--data", metavar="SOURCE", help="rows to learn from (see `slimscope data`)")
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="whom it learns from (default: MODEL, or its base)"
+    )
+    _takes_settings(parser, of="training")
+    _takes_calibration(parser)
+    parser.add_argument("--dry-run", action="store_true", help="only print the recipe")
+    parser = add("data", learning_commands.data_command)
+    sources = "pydoc, stdlib, domains, builtin:NAME, a file or folder, or hub:ID[:SPLIT]"
+    parser.add_argument("source", metavar="SOURCE", help=sources)
+    _takes_model(parser, "--model", required=False)
+    parser.add_argument(
+        "--kind", default="auto", choices=["auto", "text", "instruction", "labelled", "pairs"],
+        help="what to make of a table (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--window", type=int, default=256, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--held-out", type=float, default=0.1, help="share held out (default: %(default)s)")
+    parser.add_argument("--against", metavar="SOURCE", help="text it will be measured on, to find leaks")
+
+
 def _takes_measuring(parser: argparse.ArgumentParser) -> None:
     _takes_text(parser, "--documents")
     parser.add_argument(
@@ -221,10 +258,12 @@ def _add_keeping(add: Add) -> None:
     parser.add_argument("--port", type=int, default=8501, help="port (default: %(default)s)")
 
 
-def _takes_model(parser: argparse.ArgumentParser, name: str) -> None:
+def _takes_model(parser: argparse.ArgumentParser, name: str, *, required: bool = True) -> None:
     text = "demo:NAME, variant:ID, a folder, a .gguf file, or a hub id with optional @revision"
-    required = {} if name == "model" else {"required": True}
-    parser.add_argument(name, metavar="MODEL", help=text, **required)  # type: ignore[arg-type]
+    if name.startswith("--"):
+        parser.add_argument(name, metavar="MODEL", help=text, required=required)
+    else:
+        parser.add_argument(name, metavar="MODEL", help=text)
 
 
 _TEXTS = "pydoc, domains, domain:NAME, a .txt or .jsonl file, or hub:ID"
