@@ -246,7 +246,9 @@ def _add_measuring(add: Add) -> None:
 
 def _add_keeping(add: Add) -> None:
     parser = add("jobs", commands.jobs_command)
-    parser.add_argument("action", nargs="?", default="list", choices=["list", "show", "cancel", "retry"])
+    parser.add_argument(
+        "action", nargs="?", default="list", choices=["list", "show", "pause", "resume", "cancel", "retry"]
+    )
     parser.add_argument("job", nargs="?", help="id of a job")
     parser.add_argument("--limit", type=int, default=20, help="how many to list (default: %(default)s)")
     add("doctor", commands.doctor_command)

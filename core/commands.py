@@ -191,7 +191,7 @@ def compare_command(args: argparse.Namespace) -> Any:
 
 
 def jobs_command(args: argparse.Namespace) -> Any:
-    """List jobs, or cancel, retry or show one."""
+    """List jobs, or show, pause, resume, cancel or retry one."""
     from core.jobs.queue import Queue
 
     queue = Queue(_catalog())
@@ -205,7 +205,10 @@ def jobs_command(args: argparse.Namespace) -> Any:
         )
     if not args.job:
         raise BadInput(f"`slimscope jobs {args.action}` needs a job id; see `slimscope jobs`")
-    return {"show": queue.job, "cancel": queue.cancel, "retry": queue.retry}[args.action](args.job)
+    actions = {
+        "show": queue.job, "pause": queue.pause, "resume": queue.resume, "cancel": queue.cancel, "retry": queue.retry,
+    }  # fmt: skip
+    return actions[args.action](args.job)
 
 
 def doctor_command(args: argparse.Namespace) -> Any:

@@ -18,6 +18,7 @@
     ├── WorkerDied                  a child process died: exit code, last log lines
     │   └── OutOfMemory             killed for memory, or an allocator said so
     └── Cancelled                   the user asked to stop; not a failure
+        └── Paused                  the user asked to stop for now and to go on later
 
 ``ValueError`` is for the caller's input, ``assert`` for our own bugs. A message never blames, and always
 ends with the next move.
@@ -108,3 +109,7 @@ class OutOfMemory(WorkerDied):
 
 class Cancelled(SlimscopeError):
     """The user asked for the work to stop."""
+
+
+class Paused(Cancelled):
+    """The user asked for the work to stop for now: what is finished is kept, and it goes on from there."""

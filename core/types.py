@@ -22,7 +22,7 @@ from core.errors import BadInput
 Dtype = Literal["float32", "bfloat16", "float16", "stored"]
 SourceKind = Literal["demo", "variant", "gguf", "folder", "hub"]
 Better = Literal["lower", "higher", "neither"]
-JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "lost"]
+JobState = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled", "lost"]
 RunKind = Literal["compress", "proof", "evaluate", "profile", "probe", "train", "export"]
 RunStatus = Literal["valid", "flagged"]
 Family = Literal["decoder", "encoder", "vision", "classifier"]
@@ -349,3 +349,4 @@ class Job:
     cancel_requested: bool
     depends_on: str | None
     result: Mapping[str, Any]
+    pause_requested: bool = False

@@ -22,6 +22,7 @@ from core.types import Job, JobState
 COLORS: dict[JobState, str] = {
     "queued": "gray",
     "running": "blue",
+    "paused": "orange",
     "succeeded": "green",
     "failed": "red",
     "cancelled": "orange",

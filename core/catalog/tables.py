@@ -232,6 +232,7 @@ class JobRow(Base):
     rss_bytes: Mapped[int | None] = mapped_column(BigInt)
     exit_code: Mapped[int | None]
     cancel_requested: Mapped[bool]
+    pause_requested: Mapped[bool]
     depends_on: Mapped[str | None] = mapped_column(ForeignKey("job.id"), index=True)
     blocked: Mapped[bool]
     """Cancelled only because its predecessor did not succeed; a retry of that one queues this again."""

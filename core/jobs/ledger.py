@@ -6,7 +6,7 @@ The queue's users, the supervisor and the workers all go through here, each in o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import and_, func, or_, select, update
 from sqlalchemy.orm import Session, aliased
@@ -16,6 +16,9 @@ from core.catalog.tables import JobEvent, JobRow
 from core.errors import BadInput
 from core.jobs.states import ENDING, FOLLOWERS
 from core.types import Job, JobState
+
+Wish = Literal["go on", "pause", "cancel"]
+"""What the user wants of a running job."""
 
 
 def get(session: Session, id_: str) -> JobRow:
@@ -47,6 +50,7 @@ def record(row: JobRow) -> Job:
         pid=row.pid,
         exit_code=row.exit_code,
         cancel_requested=row.cancel_requested,
+        pause_requested=row.pause_requested,
         depends_on=row.depends_on,
         result=row.result,
     )
@@ -123,20 +127,28 @@ def attach(session: Session, id_: str, attempt: int, *, pid: int, created: float
     return session.execute(statement).one_or_none() is not None
 
 
-def beat(session: Session, id_: str, attempt: int, values: Mapping[str, Any]) -> bool | None:
-    """A worker's sign of life with its progress: whether to cancel; None when the job is no longer its own."""
+def beat(session: Session, id_: str, attempt: int, values: Mapping[str, Any]) -> Wish | None:
+    """A worker's sign of life with its progress: what its user wants; None when the job is no longer its own."""
     statement = (
         update(JobRow)
         .where(_mine(id_, attempt))
         .values(heartbeat_at=now(), **values)
-        .returning(JobRow.cancel_requested)
+        .returning(JobRow.cancel_requested, JobRow.pause_requested)
     )
-    return session.execute(statement).scalar_one_or_none()
+    return _wish(session.execute(statement).one_or_none())
 
 
-def wanted(session: Session, id_: str, attempt: int) -> bool | None:
+def wanted(session: Session, id_: str, attempt: int) -> Wish | None:
     """As ``beat``, without writing."""
-    return session.execute(select(JobRow.cancel_requested).where(_mine(id_, attempt))).scalar_one_or_none()
+    query = select(JobRow.cancel_requested, JobRow.pause_requested).where(_mine(id_, attempt))
+    return _wish(session.execute(query).one_or_none())
+
+
+def _wish(asked: Any) -> Wish | None:
+    if asked is None:
+        return None
+    cancel, pause = asked
+    return "cancel" if cancel else "pause" if pause else "go on"
 
 
 def _mine(id_: str, attempt: int) -> Any:
@@ -165,6 +177,14 @@ def end(
         _block_dependants(session, row)
 
 
+def pause(session: Session, row: JobRow) -> None:
+    """Put a job aside until it is resumed; those that wait for it go on waiting."""
+    _move(row, "paused")
+    row.pause_requested = False
+    row.message = "paused"
+    note(session, row, "paused")
+
+
 def _block_dependants(session: Session, row: JobRow) -> None:
     waiting = select(JobRow).where(JobRow.depends_on == row.id, JobRow.state == "queued")
     for dependant in session.scalars(waiting).all():
@@ -187,7 +207,7 @@ def requeue(session: Session, row: JobRow, message: str, *, attempts: int) -> No
     """Queue an ended job again; it may be tried until ``attempts`` is reached."""
     _move(row, "queued")
     row.max_attempts = attempts
-    row.cancel_requested = row.blocked = False
+    row.cancel_requested = row.pause_requested = row.blocked = False
     row.ended_at = row.heartbeat_at = row.pid = row.pid_created = None
     row.done = row.total = 0.0
     row.message, row.error = message, ""
@@ -206,9 +226,12 @@ def running(session: Session, host: str) -> list[JobRow]:
 
 
 def lose(session: Session, row: JobRow, error: str, *, exit_code: int | None) -> None:
-    """The worker is gone without an answer: cancelled if that was wanted, else lost and tried again if it may be."""
+    """The worker is gone without an answer: cancelled or paused if that was wanted, else lost and tried again if it
+    may be."""
     if row.cancel_requested:
         end(session, row, "cancelled", message="cancelled", exit_code=exit_code)
+    elif row.pause_requested:
+        pause(session, row)
     elif row.attempt < row.max_attempts:
         _move(row, "lost")
         note(session, row, error)

@@ -1,4 +1,4 @@
-"""The queue as its users see it: submit, look, cancel, retry, wait. The queue is the catalog's ``job`` table.
+"""The queue as its users see it: submit, look, pause, resume, cancel, retry, wait. The queue is the catalog's ``job`` table.
 
 Starts no process: ``core.jobs.supervisor.ensure_supervisor`` does. What supervisor and workers do to the table is
 in ``core.jobs.ledger``.
@@ -72,6 +72,7 @@ class Queue:
                 log_path=str(self.log_folder / f"{id_}.log"),
                 created_at=now(),
                 cancel_requested=False,
+                pause_requested=False,
                 depends_on=depends_on,
                 blocked=False,
                 result={},
@@ -122,9 +123,36 @@ class Queue:
             row = ledger.get(session, id_)
             if row.state == "queued":
                 ledger.end(session, row, "cancelled", message="cancelled before it started")
+            elif row.state == "paused":
+                ledger.end(session, row, "cancelled", message="cancelled while it was paused")
             elif row.state == "running" and not row.cancel_requested:
                 row.cancel_requested = True
                 ledger.note(session, row, "cancel requested")
+            return ledger.record(row)
+
+    def pause(self, id_: str) -> Job:
+        """Put a job aside: at once if it is queued; a running one stops at its next report and keeps what it finished.
+
+        Raises ``BadInput`` for one that has ended.
+        """
+        with self.catalog.write("jobs_revision") as session:
+            row = ledger.get(session, id_)
+            if row.state in ENDED:
+                raise BadInput(f"job {id_} {ENDING[row.state]}; only one that waits or runs can be paused")
+            if row.state == "queued":
+                ledger.pause(session, row)
+            elif row.state == "running" and not row.pause_requested:
+                row.pause_requested = True
+                ledger.note(session, row, "pause requested")
+            return ledger.record(row)
+
+    def resume(self, id_: str) -> Job:
+        """Queue a paused job again: it goes on from what it kept. Raises ``BadInput`` for any other."""
+        with self.catalog.write("jobs_revision") as session:
+            row = ledger.get(session, id_)
+            if row.state != "paused":
+                raise BadInput(f"job {id_} is {row.state}; only a paused one can be resumed")
+            ledger.requeue(session, row, "resumed", attempts=row.attempt + MAX_ATTEMPTS)
             return ledger.record(row)
 
     def retry(self, id_: str) -> Job:
@@ -149,9 +177,9 @@ class Queue:
             return ledger.record(row)
 
     def wait(self, id_: str, *, timeout_s: float | None = None, poll_s: float = 0.2) -> Job:
-        """Block until a job has ended (for the CLI and tests, never in a page); raises ``TimeoutError``."""
+        """Block until a job has ended or is paused (for the CLI and tests, never in a page); raises ``TimeoutError``."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while (job := self.job(id_)).state not in ENDED:
+        while (job := self.job(id_)).state not in (*ENDED, "paused"):
             if deadline is not None and time.monotonic() > deadline:
                 raise TimeoutError(f"job {id_} is still {job.state} after {timeout_s} s")
             time.sleep(poll_s)

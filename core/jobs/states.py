@@ -4,9 +4,10 @@
 
     queued ──► running ──► succeeded
       │  ▲        │  ├───► failed ────► queued (retry by the user)
-      │  │        │  └───► cancelled ─► queued (retry by the user, or of the job it waited for)
+      │  │        │  ├───► cancelled ─► queued (retry by the user, or of the job it waited for)
+      │  │        │  └───► paused ────► queued (resumed by the user) or cancelled
       │  └────────┴──────► lost ──────► queued (at once while attempts are left, else by the user)
-      └──► cancelled
+      └──► cancelled or paused
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ ENDED: Final[tuple[JobState, ...]] = ("succeeded", "failed", "cancelled", "lost"
 RETRIABLE: Final[tuple[JobState, ...]] = ("failed", "cancelled", "lost")
 
 FOLLOWERS: Final[dict[JobState, tuple[JobState, ...]]] = {
-    "queued": ("running", "cancelled"),
-    "running": ("succeeded", "failed", "cancelled", "lost"),
+    "queued": ("running", "cancelled", "paused"),
+    "running": ("succeeded", "failed", "cancelled", "lost", "paused"),
+    "paused": ("queued", "cancelled"),
     "succeeded": (),
     "failed": ("queued",),
     "cancelled": ("queued",),

@@ -43,6 +43,8 @@ class Timing:
     """A worker that gives no sign of life (it should every 2 s)."""
     grace_s: float = 10.0
     """From the wish to cancel to SIGTERM: time for the task to stop at its next report."""
+    pause_s: float = 300.0
+    """The same for the wish to pause: a large model's checkpoint takes its time, and is what the user wants."""
     kill_s: float = 5.0
     """From SIGTERM to SIGKILL; also for a worker that does not end after its job did."""
     idle_s: float = 600.0
@@ -56,7 +58,7 @@ class Watch:
     attempt: int
     heartbeat: datetime | None
     heartbeat_seen: float
-    cancel_seen: float | None = None
+    stop_seen: float | None = None
     verdict: str = ""
     """Why this supervisor killed the worker."""
 
@@ -120,7 +122,9 @@ class Supervisor:
                 worker.signal_group(signal.SIGKILL)
                 self._lose(row, watch, None)
         elif row.cancel_requested:
-            self._stop(worker, watch)
+            self._stop(worker, watch, self._timing.grace_s)
+        elif row.pause_requested:
+            self._stop(worker, watch, self._timing.pause_s)
         elif time.monotonic() - watch.heartbeat_seen > self._timing.stale_s:
             watch.verdict = f"its worker gave no sign of life for {self._timing.stale_s:.0f} s and was killed"
             worker.signal_group(signal.SIGKILL)
@@ -139,14 +143,14 @@ class Supervisor:
             return own
         return Worker(row.pid, row.pid_created)
 
-    def _stop(self, worker: Worker, watch: Watch) -> None:
+    def _stop(self, worker: Worker, watch: Watch, grace_s: float) -> None:
         """The task was asked gently through its progress; after ``grace_s`` the group is told, then killed."""
-        if watch.cancel_seen is None:
-            watch.cancel_seen = time.monotonic()
-        waited = time.monotonic() - watch.cancel_seen
-        if waited > self._timing.grace_s + self._timing.kill_s:
+        if watch.stop_seen is None:
+            watch.stop_seen = time.monotonic()
+        waited = time.monotonic() - watch.stop_seen
+        if waited > grace_s + self._timing.kill_s:
             worker.signal_group(signal.SIGKILL)
-        elif waited > self._timing.grace_s:
+        elif waited > grace_s:
             worker.signal_group(signal.SIGTERM)
 
     def _lose(self, row: JobRow, watch: Watch, exit_code: int | None) -> None:

@@ -25,6 +25,7 @@ from core.errors import (
     BadInput,
     Cancelled,
     CatalogError,
+    Paused,
     SlimscopeError,
     ran_out_of_memory,
     refused_by_system,
@@ -55,15 +56,17 @@ class Reporter(threading.Thread):
         self._catalog = catalog
         self._job = job
         self._latest = (0.0, 0.0, job.message)
-        self._cancel = threading.Event()
+        self._wish: ledger.Wish = "go on"
         self._finished = threading.Event()
         self._process = psutil.Process()
 
     def __call__(self, done: float, total: float, message: str) -> None:
-        """Note how far the task is; raises ``Cancelled`` when the user asked to stop."""
+        """Note how far the task is; raises ``Cancelled``, or ``Paused``, when the user asked to stop."""
         self._latest = (float(done), float(total), message)
-        if self._cancel.is_set():
+        if self._wish == "cancel":
             raise Cancelled("cancelled by the user")
+        if self._wish == "pause":
+            raise Paused("paused by the user")
 
     def finish(self) -> None:
         """Stop reporting; what came in since the last report is not written, as the job's end says more."""
@@ -84,7 +87,7 @@ class Reporter(threading.Thread):
             except CatalogError as error:
                 say(f"cannot report for now: {error}")
 
-    def _beat(self, latest: tuple[float, float, str], *, changed: bool) -> bool | None:
+    def _beat(self, latest: tuple[float, float, str], *, changed: bool) -> ledger.Wish | None:
         done, total, message = latest
         values: dict[str, Any] = {"rss_bytes": self._process.memory_info().rss}
         if changed:
@@ -92,16 +95,16 @@ class Reporter(threading.Thread):
         with self._catalog.write("jobs_revision" if changed else None) as session:
             return ledger.beat(session, self._job.id, self._job.attempt, values)
 
-    def _look(self) -> bool | None:
+    def _look(self) -> ledger.Wish | None:
         with self._catalog.read() as session:
             return ledger.wanted(session, self._job.id, self._job.attempt)
 
-    def _act_on(self, wish: bool | None) -> None:
-        if wish is None and not self._finished.is_set():
+    def _act_on(self, wish: ledger.Wish | None) -> None:
+        if wish is not None:
+            self._wish = wish
+        elif not self._finished.is_set():
             say("this job was given to another worker; this one ends")
             leave(NOT_MINE)
-        elif wish:
-            self._cancel.set()
 
 
 def leave(code: int) -> None:
@@ -138,6 +141,8 @@ def work(catalog: Catalog, job: Job) -> None:
         task = find_task(job.kind)
         result = task(dict(job.spec), TaskContext(catalog, reporter, job, scratch, say))
         json.dumps(result, allow_nan=False)  # a task that returns no JSON is a failed one
+    except Paused:
+        state = "paused"
     except Cancelled:
         state = "cancelled"
     except SlimscopeError as problem:
@@ -150,7 +155,11 @@ def work(catalog: Catalog, job: Job) -> None:
     say(state)
     with catalog.write("jobs_revision") as session:
         row = ledger.get(session, job.id)
-        if row.state == "running" and row.attempt == job.attempt:
+        if row.state != "running" or row.attempt != job.attempt:
+            pass  # it was given to another worker, whose matter its end is
+        elif state == "paused":
+            ledger.pause(session, row)
+        else:
             message = "cancelled" if state == "cancelled" else ""
             ledger.end(
                 session,

@@ -24,11 +24,12 @@ from tests.catalog.samples import kl, run_of
 
 FIXTURES = sorted((Path(__file__).parents[1] / "fixtures").glob("catalog_v*.sqlite"))
 
-NEXT = """
+LATEST = versions()[-1]
+NEXT = f"""
 import sqlalchemy as sa
 from alembic import op
 from core.catalog.immutable import freeze
-revision, down_revision = "0002", "0001"
+revision, down_revision = "9000", "{LATEST}"
 def upgrade():
     with op.batch_alter_table("run", recreate="always") as batch:
         batch.add_column(sa.Column("remark", sa.Text(), nullable=False, server_default="none"))
@@ -44,9 +45,9 @@ def old(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def next_migrations(tmp_path: Path) -> Path:
-    """The migrations as they will be when there is a second schema, which rebuilds an immutable table."""
+    """The migrations as they will be when there is a next schema, which rebuilds an immutable table."""
     folder = Path(shutil.copytree(MIGRATIONS, tmp_path / "migrations"))
-    (folder / "versions" / "0002_next.py").write_text(NEXT)
+    (folder / "versions" / "9000_next.py").write_text(NEXT)
     return folder
 
 
@@ -93,7 +94,7 @@ def test_an_upgrade_backs_up_keeps_everything_and_freezes_again(old: Path, next_
     url = parse_url(f"sqlite:///{old}")
     engine = open_engine(url)
     backup = bring_up_to_date(url, engine, migrations=next_migrations)
-    assert current_version(engine) == "0002"
+    assert current_version(engine) == "9000"
     with engine.connect() as connection:
         assert connection.execute(text("SELECT DISTINCT remark, count(*) FROM run")).one() == ("none", 3)
         assert connection.execute(text("SELECT count(*) FROM measurement")).scalar() == 3
@@ -106,7 +107,7 @@ def test_an_upgrade_backs_up_keeps_everything_and_freezes_again(old: Path, next_
 
 
 def test_a_failing_upgrade_changes_nothing(old: Path, next_migrations: Path) -> None:
-    (next_migrations / "versions" / "0002_next.py").write_text(NEXT + "    raise RuntimeError('power cut')\n")
+    (next_migrations / "versions" / "9000_next.py").write_text(NEXT + "    raise RuntimeError('power cut')\n")
     Catalog(f"sqlite:///{old}").close()  # from here on it is in WAL mode
     before = old.read_bytes()
     url = parse_url(f"sqlite:///{old}")

@@ -95,6 +95,21 @@ def test_cancel_is_gentle_first_and_keeps_the_scratch_for_a_retry(engine: Engine
     assert again.result["started_from"] >= 3
 
 
+def test_a_paused_job_stops_at_its_next_report_and_goes_on_when_resumed(engine: Engine) -> None:
+    engine.start()
+    job = engine.queue.submit("count", LONG)
+    until(engine.scratch(job, "2.done").exists)
+    engine.queue.pause(job.id)
+    paused = engine.wait(job)
+    assert (paused.state, paused.error, paused.pause_requested) == ("paused", "", False)
+    until(lambda: gone(paused.pid or 0))
+    finished = len(list(engine.scratch(job, "").iterdir()))
+    engine.queue.resume(job.id)
+    again = engine.wait(job)
+    assert (again.state, again.attempt) == ("succeeded", 2)
+    assert again.result["started_from"] == finished
+
+
 def test_cancel_kills_a_deaf_worker_and_its_grandchildren(engine: Engine) -> None:
     engine.start()
     job = engine.queue.submit("deaf", {})

@@ -200,7 +200,7 @@ def test_a_worker_of_an_earlier_attempt_may_not_write(catalog: Catalog, queue: Q
     with catalog.write() as session:
         assert ledger.attach(session, job.id, 1, pid=10, created=1.0)
         assert not ledger.attach(session, job.id, 1, pid=11, created=2.0), "it has its worker already"
-        assert ledger.beat(session, job.id, 1, {"done": 1.0}) is False
+        assert ledger.beat(session, job.id, 1, {"done": 1.0}) == "go on"
         assert ledger.beat(session, job.id, 0, {"done": 9.0}) is None
     assert queue.job(job.id).done == 1.0
 
@@ -208,3 +208,25 @@ def test_a_worker_of_an_earlier_attempt_may_not_write(catalog: Catalog, queue: Q
 def test_wait_gives_up(queue: Queue) -> None:
     with pytest.raises(TimeoutError, match="still queued"):
         queue.wait(queue.submit("a", {}).id, timeout_s=0.1)
+
+
+def test_pause_puts_aside_and_resume_queues_again(catalog: Catalog, queue: Queue) -> None:
+    first = queue.submit("a", {})
+    second = queue.submit("b", {}, depends_on=first.id)
+    assert queue.pause(first.id).state == "paused"
+    assert claim(catalog) is None, "what waits for a paused job waits on"
+    assert queue.job(second.id).state == "queued"
+    with pytest.raises(BadInput, match="is paused; only one that has failed"):
+        queue.retry(first.id)
+    assert queue.resume(first.id).state == "queued"
+    with pytest.raises(BadInput, match="is queued; only a paused one"):
+        queue.resume(first.id)
+    assert claim(catalog) == first.id
+    assert queue.pause(first.id).pause_requested
+    end(catalog, first, "lost")  # its worker died before it could stop
+    found = queue.job(first.id)
+    assert (found.state, found.pause_requested) == ("paused", False)
+    assert queue.cancel(first.id).state == "cancelled"
+    assert queue.job(second.id).state == "cancelled"
+    with pytest.raises(BadInput, match="was cancelled; only one that waits or runs"):
+        queue.pause(first.id)
