@@ -158,12 +158,12 @@ def _frame(run_id: str, name: str) -> pd.DataFrame:
     return engine.catalog().frame(run_id, name)
 
 
-def predicted_chart(points: pd.DataFrame) -> Any:
+def predicted_chart(points: pd.DataFrame, unit: str) -> Any:
     """Predicted against measured loss as the parts were stored one after the other; the line is where both are equal."""
     top = float(np.nanmax(points[["predicted", "loss"]].to_numpy()))
     equal = pd.DataFrame({"predicted": [0.0, top], "loss": [0.0, top]})
-    x = alt.X("predicted:Q", title="Predicted loss")
-    y = alt.Y("loss:Q", title="Measured loss")
+    x = alt.X("predicted:Q", title=f"Predicted loss, {unit}")
+    y = alt.Y("loss:Q", title=f"Measured loss, {unit}")
     layers = [alt.Chart(equal).mark_line(color=NEUTRAL, strokeDash=[4, 4]).encode(x=x, y=y)]
     if points["loss_low"].notna().all():
         layers.append(

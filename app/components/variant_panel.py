@@ -200,7 +200,8 @@ def _layers(detail: VariantDetail, _base: Variant, _folder: str | None) -> None:
     stages = budget.stages_of(detail)
     if stages is not None:
         st.caption("Predicted against measured loss, as the parts were stored one after the other")
-        chart = budget.predicted_chart(stages)
+        unit = "nats/token" if detail.variant.family == "decoder" else "1 - cosine"
+        chart = budget.predicted_chart(stages, unit)
         st.altair_chart(
             chart, key="predicted_loss", alt=f"Predicted against measured loss of {detail.variant.id}"
         )

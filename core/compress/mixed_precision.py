@@ -158,10 +158,19 @@ def run(
         cells = _cells(loaded, groups, offered, ids_WP, reruns, settings, part_of(progress, 0.0, 0.7))
         chosen, promised = _chosen(loaded, groups, cells, settings)
         rest = part_of(progress, 0.7, 1.0)
+        shortage = ""
         if settings.quantizer == "gptq":
-            windows_BP = read_calibration(loaded, calibration, settings).windows_BP
+            text = read_calibration(loaded, calibration, settings)
+            shortage = text.shortage
             rows, curve = store_by_gptq(
-                loaded, groups, chosen, settings.score, reruns, windows_BP, scratch=scratch, progress=rest
+                loaded,
+                groups,
+                chosen,
+                settings.score,
+                reruns,
+                text.windows_BP,
+                scratch=scratch,
+                progress=rest,
             )
         else:
             rows, curve = store_in_stages(
@@ -170,7 +179,7 @@ def run(
     frame = report(rows)
     unit = "nats" if loaded.family == "decoder" else "1 - cosine"
     n_tokens = int(ids_WP.numel())
-    notes = (*_notes(chosen, curve, promised, settings, unit), untouched_note(frame))
+    notes = (*_notes(chosen, curve, promised, settings, unit), shortage, untouched_note(frame))
     return Result(
         {"main": frame, "parts": chosen, "stages": curve, "cells": cells},
         (*_views(unit), *VIEWS),

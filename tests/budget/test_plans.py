@@ -98,9 +98,11 @@ def test_a_click_sets_moves_and_takes_away_a_pin() -> None:
 def test_predicted_against_measured_is_drawn_with_its_intervals() -> None:
     points = pd.DataFrame({"parts": [1, 2], "predicted": [0.1, 0.2], "loss": [0.1, 0.3], "loss_low": [0.0, 0.2],
                            "loss_high": [0.2, 0.4]})  # fmt: skip
-    layers = budget.predicted_chart(points).to_dict()["layer"]
+    layers = budget.predicted_chart(points, "nats/token").to_dict()["layer"]
     assert [layer["mark"]["type"] for layer in layers] == ["line", "rule", "point"]
-    few = budget.predicted_chart(points.assign(loss_low=None, loss_high=None)).to_dict()["layer"]
+    few = budget.predicted_chart(points.assign(loss_low=None, loss_high=None), "nats/token").to_dict()[
+        "layer"
+    ]
     assert [layer["mark"]["type"] for layer in few] == ["line", "point"]
 
 
