@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 How = Literal["taken", "even", "last", "listed"]
-ALIKE = 0.5
-"""Relative distance of two blocks' weights below which one was made from the other: 2-bit rounding moves a weight by
-about 0.4 of its norm, independent weights differ by 1.4."""
+ALIKE = 0.8
+"""Relative distance of two blocks' weights below which one was made from the other: rounding to 2 bits moves a weight by
+about half of its norm; zeros, and new random weights, differ by 1 or more."""
 
 
 @dataclass(frozen=True)
