@@ -35,7 +35,9 @@ def never_learned(rows: Rows, models: Sequence[LoadedModel]) -> Rows:
     if not met:
         return rows
     if rows.fingerprint not in {one.fingerprint for one in learned}:
-        examples = "; ".join(f"row {n + 1} ({' '.join(rows.rows[n].given.split())[:60]!r})" for n in met[:SHOWN])
+        examples = "; ".join(
+            f"row {n + 1} ({' '.join(rows.rows[n].given.split())[:60]!r})" for n in met[:SHOWN]
+        )
         names = ", ".join(dict.fromkeys(one.name for one in learned))
         raise BadInput(
             f"{len(met):,} of {len(rows):,} rows of {rows.name} were learned from (in {names}): {examples}; a number "

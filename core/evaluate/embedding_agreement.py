@@ -7,29 +7,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from pydantic import Field
 
-from core.errors import BadInput, CannotMeasure
+from core.errors import CannotMeasure
 from core.evaluate._comparison import provenance, refuse_calibration
+from core.evaluate._correlation import correlation_metrics, spearman
 from core.evaluate._intervals import Bootstrap, Floats, Interval
+from core.evaluate._vectors import SIMILARITIES, Vectors, cosines, pair_frame
 from core.journal import Journal
-from core.models.embed import embed
 from core.models.fp32_path import Fp32Setting, fast_fp32
 from core.models.loaded import LoadedModel
 from core.registry import Settings, method
 from core.text.pairs import Pairs, load_pairs
 from core.text.sentences import sentences
 from core.types import Documents, Metric, Progress, Result, View, content_hash
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 PROTOCOL_TEXT = (
     "Each sentence is embedded by both models (pooled and normalised as the checkpoint says) in the same "
@@ -83,8 +79,8 @@ def run(
     texts, owner = _sentences(documents, settings)
     pairs = load_pairs(Path(settings.pairs).expanduser()) if settings.pairs else None
     with fast_fp32(settings.fp32_path) as path:
-        vectors = _Vectors(base, variant, progress, settings.max_tokens, 3 if pairs else 1)
-        cosine_N = _cosines(*vectors.of(texts, "sentences"))
+        vectors = Vectors(base, variant, progress, settings.max_tokens, 3 if pairs else 1)
+        cosine_N = cosines(*vectors.of(texts, "sentences"))
         similar = _similarities(vectors, pairs) if pairs else None
     bootstrap = Bootstrap(int(owner[-1]) + 1, draws=settings.bootstrap_draws, seed=settings.seed)
     metrics = list(_agreement_metrics(cosine_N, owner, bootstrap, same=variant is base))
@@ -95,8 +91,12 @@ def run(
     }
     if pairs and similar:
         draws = Bootstrap(len(pairs.scores), draws=settings.bootstrap_draws, seed=settings.seed, unit="pairs")
-        metrics += _spearman_metrics(np.array(pairs.scores), *similar, draws, same=variant is base)
-        frames["pairs"] = _pair_frame(pairs, *similar)
+        metrics += correlation_metrics(
+            "spearman", spearman, np.array(pairs.scores), *similar, draws, same=variant is base
+        )
+        frames["pairs"] = pair_frame(
+            pd.DataFrame({"score": pairs.scores, "text_a": pairs.first, "text_b": pairs.second}), *similar
+        )
     return Result(
         frames=frames,
         views=_views(frames),
@@ -122,55 +122,6 @@ def run(
     )
 
 
-def spearman(first_RN: Floats, second_RN: Floats) -> Floats:
-    """[R] rank correlation of each row of two arrays [R, N]; NaN where a row is constant."""
-    from scipy.stats import rankdata
-
-    first_RN, second_RN = (rankdata(values, axis=1) for values in (first_RN, second_RN))
-    first_RN = first_RN - first_RN.mean(1, keepdims=True)
-    second_RN = second_RN - second_RN.mean(1, keepdims=True)
-    scale_R = np.sqrt((first_RN**2).sum(1) * (second_RN**2).sum(1))
-    correlation_R: Floats = (first_RN * second_RN).sum(1) / scale_R
-    return correlation_R
-
-
-@dataclass
-class _Vectors:
-    """Embeds lists of texts with both models and counts the lists that are done."""
-
-    base: LoadedModel
-    variant: LoadedModel
-    progress: Progress
-    max_tokens: int
-    total: int
-    done: int = 0
-
-    def of(self, texts: Sequence[str], what: str) -> tuple[Floats, Floats]:
-        """Vectors [N, d_model] of the base and of the variant; computed once where both are one model."""
-        self.progress(self.done, self.total, f"embedding {what}")
-        base_ND = self._of_one(self.base, "base", texts)
-        variant_ND = base_ND if self.variant is self.base else self._of_one(self.variant, "variant", texts)
-        if base_ND.shape != variant_ND.shape:
-            raise BadInput(
-                f"{self.base.ref} and {self.variant.ref} give vectors of {base_ND.shape[1]} and "
-                f"{variant_ND.shape[1]} numbers, which have no cosine; choose a variant of this base"
-            )
-        self.done += 1
-        self.progress(self.done, self.total, f"embedding {what}")
-        return base_ND, variant_ND
-
-    def _of_one(self, loaded: LoadedModel, role: str, texts: Sequence[str]) -> Floats:
-        vectors_ND: Floats = embed(loaded, texts, max_tokens=self.max_tokens).double().numpy()
-        finite_N = np.isfinite(vectors_ND).all(1)
-        if not finite_N.all():
-            text = texts[int(np.argmin(finite_N))]
-            raise CannotMeasure(
-                f"the {role} {loaded.ref} gives a vector that is not finite for {text[:60]!r}; "
-                "try float32, or discard this variant"
-            )
-        return vectors_ND
-
-
 def _sentences(
     documents: Documents, settings: EmbeddingAgreementSettings
 ) -> tuple[list[str], NDArray[np.int64]]:
@@ -187,18 +138,11 @@ def _sentences(
     return [sentence for found in per_document for sentence in found], owner
 
 
-def _cosines(first_ND: Floats, second_ND: Floats) -> Floats:
-    """[N] cosine of the angle between rows; exactly 1 for equal rows."""
-    lengths_N = np.sqrt((first_ND**2).sum(1) * (second_ND**2).sum(1))
-    cosine_N: Floats = (first_ND * second_ND).sum(1) / lengths_N
-    return cosine_N
-
-
-def _similarities(vectors: _Vectors, pairs: Pairs) -> tuple[Floats, Floats]:
+def _similarities(vectors: Vectors, pairs: Pairs) -> tuple[Floats, Floats]:
     """Cosine similarity of every pair's two texts under the base and under the variant."""
     first_base, first_variant = vectors.of(pairs.first, "first texts of the pairs")
     second_base, second_variant = vectors.of(pairs.second, "second texts of the pairs")
-    return _cosines(first_base, second_base), _cosines(first_variant, second_variant)
+    return cosines(first_base, second_base), cosines(first_variant, second_variant)
 
 
 def _agreement_metrics(
@@ -222,43 +166,6 @@ def _agreement_metrics(
     )
 
 
-def _spearman_metrics(
-    gold_N: Floats, base_N: Floats, variant_N: Floats, bootstrap: Bootstrap, *, same: bool
-) -> tuple[Metric, ...]:
-    def of(counts_RD: NDArray[np.int64], values_N: Floats) -> Floats:
-        rows, n = counts_RD.shape
-        drawn_RN = np.repeat(np.tile(np.arange(n), rows), counts_RD.ravel()).reshape(rows, n)
-        return spearman(gold_N[drawn_RN], values_N[drawn_RN])
-
-    def metric(name: str, value: float, interval: Interval) -> Metric:
-        how = interval.how
-        return Metric(name, value, "correlation", "higher", len(gold_N), interval.low, interval.high, how)
-
-    rho_base, rho_variant = (float(spearman(gold_N[None], values[None])[0]) for values in (base_N, variant_N))
-    difference = bootstrap.of(lambda counts_RD: of(counts_RD, variant_N) - of(counts_RD, base_N))
-    if same:
-        difference = Interval.exact(0.0, "the variant is the base itself")
-    return (
-        metric("spearman", rho_variant, bootstrap.of(lambda counts_RD: of(counts_RD, variant_N))),
-        metric("spearman_base", rho_base, bootstrap.of(lambda counts_RD: of(counts_RD, base_N))),
-        metric("delta_spearman", rho_variant - rho_base, difference),
-    )
-
-
-def _pair_frame(pairs: Pairs, base_N: Floats, variant_N: Floats) -> pd.DataFrame:
-    frame = pd.DataFrame(
-        {
-            "score": pairs.scores,
-            "text_a": pairs.first,
-            "text_b": pairs.second,
-            "similarity_base": base_N,
-            "similarity": variant_N,
-        }
-    )
-    frame["shift"] = frame["similarity"] - frame["similarity_base"]
-    return frame.sort_values("shift", key=abs, ascending=False, kind="stable", ignore_index=True)
-
-
 def _views(frames: Mapping[str, pd.DataFrame]) -> tuple[View, ...]:
     found = [
         View(
@@ -272,16 +179,5 @@ def _views(frames: Mapping[str, pd.DataFrame]) -> tuple[View, ...]:
         )
     ]
     if "pairs" in frames:
-        found.append(
-            View(
-                "scatter",
-                x="similarity_base",
-                y="similarity",
-                color="score",
-                frame="pairs",
-                title="Similarity of each labelled pair: variant against base",
-                unit="cosine",
-                tooltip=("text_a", "text_b", "shift"),
-            )
-        )
+        found.append(SIMILARITIES)
     return tuple(found)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from core.errors import BadInput, CannotMeasure
+from core.evaluate._class_scores import by_class, class_metrics, flip, scores_of
 from core.evaluate._comparison import provenance
 from core.evaluate._intervals import Bootstrap, Floats, Interval
 from core.images.classes import class_logits, refuse_without_classes
@@ -25,7 +26,7 @@ from core.lazy import torch
 from core.models.fp32_path import Fp32Setting, fast_fp32
 from core.models.loaded import LoadedModel
 from core.registry import Settings, method
-from core.types import Metric, Progress, Result, View, content_hash
+from core.types import Progress, Result, View, content_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,11 +96,18 @@ def run(
         ]
         scores = _score(base, variant, images, label_N, journal, progress, asked)
     bootstrap = Bootstrap(len(label_N), draws=settings.bootstrap_draws, seed=settings.seed, unit="pictures")
+    one_N = np.ones(len(label_N))
+
+    def share(hits_N: Floats) -> Interval:
+        return bootstrap.share(hits_N, one_N, of="pictures")
+
     frame = _frame(images, classes, scores)
     return Result(
-        frames={"images": frame.head(MAX_ROWS), "classes": _by_class(frame)},
+        frames={"images": frame.head(MAX_ROWS), "classes": by_class(frame, counted="pictures")},
         views=_VIEWS,
-        metrics=_metrics(scores, label_N, bootstrap, same=variant is base),
+        metrics=class_metrics(
+            scores, label_N, bootstrap, example="picture", share=share, same=variant is base
+        ),
         provenance=provenance(
             base,
             variant,
@@ -195,14 +203,7 @@ def _score_batch(
 ) -> dict[str, list[float]]:
     log_p_BC = _log_p(base, pictures)
     log_q_BC = log_p_BC if variant is base else _log_p(variant, pictures)
-    each = torch.arange(len(pictures)), torch.tensor(label_B)
-    return {
-        "top_base": log_p_BC.argmax(-1).tolist(),
-        "top": log_q_BC.argmax(-1).tolist(),
-        "p_label_base": log_p_BC[each].exp().tolist(),
-        "p_label": log_q_BC[each].exp().tolist(),
-        "kl": (log_p_BC.exp() * (log_p_BC - log_q_BC)).sum(-1).clamp(min=0).tolist(),
-    }
+    return scores_of(log_p_BC, log_q_BC, label_B)
 
 
 def _log_p(loaded: LoadedModel, pictures: Sequence[Picture]) -> Tensor:
@@ -228,60 +229,8 @@ def _frame(images: LabelledImages, classes: list[str], scores: pd.DataFrame) -> 
             "label": label,
             "answer_base": answer_base,
             "answer": answer,
-            "flip": np.select([was & ~is_, ~was & is_], ["lost", "gained"], ""),
+            "flip": flip(was, is_),
             **{name: scores[name] for name in ("p_label_base", "p_label", "kl")},
         }
     )
     return frame.sort_values("kl", ascending=False, kind="stable", ignore_index=True)
-
-
-def _by_class(frame: pd.DataFrame) -> pd.DataFrame:
-    right = frame.assign(
-        right_base=frame["answer_base"] == frame["label"], right=frame["answer"] == frame["label"]
-    )
-    return right.groupby("label", as_index=False).agg(
-        pictures=("image", "count"),
-        accuracy_base=("right_base", "mean"),
-        accuracy=("right", "mean"),
-        kl=("kl", "mean"),
-    )
-
-
-def _metrics(
-    scores: pd.DataFrame, label_N: NDArray[np.int64], bootstrap: Bootstrap, *, same: bool
-) -> tuple[Metric, ...]:
-    one_N = np.ones(len(label_N))
-    kl_N = scores["kl"].to_numpy()
-    agree_N, was_N, is_N = (
-        np.asarray(hits, dtype=np.float64)
-        for hits in (
-            scores["top"] == scores["top_base"],
-            scores["top_base"] == label_N,
-            scores["top"] == label_N,
-        )
-    )
-
-    def metric(
-        name: str, values_N: Floats, unit: str, better: Literal["lower", "higher"], between: Interval
-    ) -> Metric:
-        value = float(values_N.mean())
-        return Metric(name, value, unit, better, len(values_N), between.low, between.high, between.how)
-
-    def compared(
-        name: str, values_N: Floats, unit: str, better: Literal["lower", "higher"], between: Interval
-    ) -> Metric:
-        exact = Interval.exact(float(values_N.mean()), "the variant is the base itself")
-        return metric(name, values_N, unit, better, exact if same else between)
-
-    def share(hits_N: Floats) -> Interval:
-        return bootstrap.share(hits_N, one_N, of="pictures")
-
-    changed_N = np.abs(is_N - was_N)
-    return (
-        compared("kl", kl_N, "nats/picture", "lower", bootstrap.ratio(kl_N, one_N)),
-        metric("accuracy", is_N, "share", "higher", share(is_N)),
-        metric("accuracy_base", was_N, "share", "higher", share(was_N)),
-        compared("top1_agreement", agree_N, "share", "higher", share(agree_N)),
-        compared("flips", changed_N, "share", "lower", share(changed_N)),
-        compared("delta_accuracy", is_N - was_N, "share", "higher", bootstrap.ratio(is_N - was_N, one_N)),
-    )

@@ -15,6 +15,7 @@ from core.errors import CannotCompress
 from core.models.anatomy import Anatomy
 from core.models.anatomy_find import find_anatomy
 from core.models.anatomy_verify import verify_anatomy
+from core.models.learned import Learned
 from core.models.quiet import quiet
 from core.numerics.activations import ActivationScheme, round_input
 from core.registry import Need
@@ -59,6 +60,8 @@ class LoadedModel:
     library: LibraryForm | None = None
     """The model as a quantizing step of another library left it, which is what is saved then; the weights here are the
     dense ones that it stands for."""
+    learned: tuple[Learned, ...] = ()
+    """What was learned from in trainings here, its own and those of what it was made from."""
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     @property

@@ -21,6 +21,7 @@ from core.models.anatomy_verify import verify_anatomy
 from core.models.checkpoint import fingerprint, read_config, stored_tensors, weight_files
 from core.models.demo import demo, demo_files
 from core.models.gguf import converted_gguf
+from core.models.learned import read_learned
 from core.models.library import QUANTO_MAP, load_quanto
 from core.models.loaded import LoadedModel, Pooling
 from core.models.quantized import LIBRARIES, MODULES, densify, is_lazy, left_out, unpack
@@ -79,6 +80,7 @@ def open_model(
         pooling=_pooling(folder),
         notes=notes,
         checks=checks,
+        learned=read_learned(folder),
     )
     for module, scheme in activations.items():
         loaded.round_inputs(module, scheme)

@@ -16,6 +16,8 @@ import pandas as pd
 
 from core.errors import CannotCompress
 from core.models.checkpoint import fingerprint
+from core.models.learned import FILE as LEARNED
+from core.models.learned import written
 from core.models.library import QUANTO_MAP, LibraryForm
 from core.models.loaded import LoadedModel
 from core.models.targets import targets, tied_names
@@ -32,7 +34,7 @@ FEW = 4
 """Formats that are named in full; of more, only their kinds."""
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Endings of tokenizer, processor and pooling files; weights in any format are never copied."""
-OURS = ("config.json", "recipe.json", "slimscope.json", QUANTO_MAP)
+OURS = ("config.json", "recipe.json", "slimscope.json", LEARNED, QUANTO_MAP)
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ def save_variant(
             safetensors.torch.save_file(file_tensors(loaded), incoming / WEIGHTS, metadata={"format": "pt"})
         # safetensors makes its file readable by its owner only.
         shutil.copymode(incoming / "config.json", incoming / WEIGHTS)
+        if loaded.learned:
+            write_json(incoming / LEARNED, written(loaded.learned))
         write_json(incoming / "recipe.json", provenance["recipe"])
         write_json(incoming / "slimscope.json", provenance)
     return SavedFiles(
