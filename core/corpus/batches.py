@@ -107,7 +107,9 @@ class Batch:
     def to(self, device: Any) -> Batch:
         """The batch on another device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)
+        }
         return replace(self, **moved)
 
 

@@ -129,16 +129,25 @@ def _messages(record: Record, column: str) -> tuple[Message, ...]:
             f'{record.place}: {column} is not a list of {{"role": "user", "content": "…"}}; give one such object per '
             "turn, with something said in each"
         )
-    return tuple(Message(ROLES.get(turn.role, turn.role), turn.content) for turn in found)
+    return tuple(Message(ROLES.get(turn.role, turn.role), _writable(record, turn.content)) for turn in found)
 
 
 def _string(record: Record, column: str) -> str:
     value = record.cells.get(column)
     if not isinstance(value, str) or not value.strip():
         raise BadInput(f"{record.place} has no {column}; every row needs one, and it must be text")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise BadInput(f"{record.place} has half of a character (a lone surrogate) in {column}; write it again")
-    return value
+    return _writable(record, value)
+
+
+def _writable(record: Record, text: str) -> str:
+    """The text, if it can be written as UTF-8: JSON can escape half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(
+            f"{record.place} has half of a character ({text[error.start]!r}); write that text again"
+        ) from None
+    return text
 
 
 def _is_number(value: Any) -> bool:

@@ -113,9 +113,11 @@ def _labelled(some: Sequence[Row], numbers: range, tokenizer: Any) -> Iterator[_
         found = tokenizer([row.text for row in some], verbose=False)["input_ids"]
         yield from (_given(ids, number) for ids, number in zip(found, numbers, strict=True))
         return
-    found = tokenizer([row.text for row in some], seconds, verbose=False, return_token_type_ids=True)
-    for ids, types, number in zip(found["input_ids"], found["token_type_ids"], numbers, strict=True):
-        yield _given(ids, number, np.array(types, dtype=np.int8))
+    found = tokenizer([row.text for row in some], seconds, verbose=False)
+    # Some models have no embedding of which text a token is in; their tokenizers give no types.
+    types = found.get("token_type_ids") or [None] * len(some)
+    for number, ids, type_ in zip(numbers, found["input_ids"], types, strict=True):
+        yield _given(ids, number, None if type_ is None else np.array(type_, dtype=np.int8))
 
 
 def _given(ids: Sequence[int], row: int, types: NDArray[np.int8] | None = None) -> _Text:

@@ -123,12 +123,12 @@ def library() -> tuple[str, ...]:
                 seen |= long_paragraphs(file.read())
     found = []
     for name, path in modules:
-        text = path.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n")
-        if part(name) == "train" and _code_of(path):
+        if part(name) == "train":
+            text = path.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n")
             long = long_paragraphs(text)
             found.append(text if seen.isdisjoint(long) else _unseen(text, seen))
             seen |= long
-    return tuple(text for text in found if text)
+    return tuple(text for text in found if text.strip())
 
 
 def _first_bytes(documents: Documents, limit_bytes: int | None) -> Documents:
