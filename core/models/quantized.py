@@ -94,6 +94,30 @@ def unpack(model: Any) -> tuple[dict[str, ActivationScheme], str]:
     return activations, note
 
 
+def make_invertible(model: Any) -> None:
+    """Let transformers say how a model that it unpacked while loading is laid out in a file.
+
+    Conversions that unpacked experts have no inverse. What they did besides (stacking, fusing) has, and the model's kind
+    alone decides that. Changes nothing for a model that was dense in its file.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+    from transformers.integrations.compressed_tensors import CompressedTensorsDequantize
+
+    def unpacks(conversion: Any) -> bool:
+        return any(
+            isinstance(step, CompressedTensorsDequantize) for step in getattr(conversion, "operations", ())
+        )
+
+    used = getattr(model, "_weight_conversions", None) or []
+    if any(unpacks(conversion) for conversion in used):
+        plain = get_model_conversion_mapping(model, add_legacy=False)
+        model._weight_conversions = [
+            *(conversion for conversion in used if not isinstance(conversion, WeightConverter)),
+            *(conversion for conversion in plain if isinstance(conversion, WeightConverter)),
+        ]
+
+
 def _activation(module: Any, args: Mapping[str, Any]) -> ActivationScheme | None:
     """The scheme of a linear layer's inputs; None where it is none of ours."""
     if not _is_known(args):

@@ -23,6 +23,7 @@ from core.errors import CannotCompress
 from core.lazy import torch
 from core.models.checkpoint import stored_tensors, weight_files
 from core.models.loaded import LoadedModel
+from core.models.quantized import make_invertible
 from core.models.targets import targets, tied_names
 from core.numerics.packed import PackedExperts, PackedTensor
 from core.numerics.sizes import DTYPE_NAMES, Entry
@@ -39,7 +40,7 @@ PARTS = ("_scale", "_shape", "_zero_point", "_packed")
 def file_tensors(loaded: LoadedModel) -> dict[str, Tensor]:
     """Every tensor of the weight file by its name there; a tied tensor once."""
     dense, packed = _split(loaded)
-    tensors = _on_disk(loaded.model, dense)
+    tensors = on_disk(loaded.model, dense)
     for module, piece in _pieces(loaded, packed).items():
         tensors.update({f"{module}.{part}": tensor for part, tensor in piece.stored().items()})
     for module, scheme in loaded.activations.items():
@@ -53,7 +54,7 @@ def file_entries(loaded: LoadedModel) -> dict[str, Entry]:
     dense, packed = _split(loaded)
     entries = {
         name: Entry(DTYPE_NAMES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
-        for name, tensor in _on_disk(loaded.model, dense).items()
+        for name, tensor in on_disk(loaded.model, dense).items()
     }
     for module, piece in _pieces(loaded, packed).items():
         entries.update({f"{module}.{part}": entry for part, entry in piece.entries().items()})
@@ -113,7 +114,7 @@ def _pieces(loaded: LoadedModel, packed: dict[str, PackedTensor | PackedExperts]
     chosen = {
         n: torch.tensor(p.choice_E).view(-1, 1, 1).expand_as(p.choices[0].codes) for n, p in mixed.items()
     }
-    for name, form in _on_disk(loaded.model, chosen).items():
+    for name, form in on_disk(loaded.model, chosen).items():
         assert form.ndim == 2, f"{name} holds several experts, whose forms could differ"
         module = name.removesuffix(".weight")
         pieces[module] = forms[int(form[0, 0])][module]
@@ -127,10 +128,10 @@ def _cut(model: Any, packed: dict[str, PackedTensor]) -> dict[str, PackedTensor]
     from are all cut alike.
     """
     origins = list(packed.values())
-    codes = _on_disk(model, {name: p.codes for name, p in packed.items()})
-    scales = _on_disk(model, {name: p.scale for name, p in packed.items() if p.scale is not None})
-    zeros = _on_disk(model, {name: p.zero_point for name, p in packed.items() if p.zero_point is not None})
-    tags = _on_disk(model, {n: p.codes.new_full((*p.codes.shape[:-1], 1), i, dtype=torch.int32)
+    codes = on_disk(model, {name: p.codes for name, p in packed.items()})
+    scales = on_disk(model, {name: p.scale for name, p in packed.items() if p.scale is not None})
+    zeros = on_disk(model, {name: p.zero_point for name, p in packed.items() if p.zero_point is not None})
+    tags = on_disk(model, {n: p.codes.new_full((*p.codes.shape[:-1], 1), i, dtype=torch.int32)
                             for i, (n, p) in enumerate(packed.items())})  # fmt: skip
     pieces = {}
     for name, part in codes.items():
@@ -155,7 +156,7 @@ def refuse_fused_on_disk(loaded: LoadedModel, parameters: Iterable[str]) -> None
         name: parameter for name in parameters if (parameter := loaded.model.get_parameter(name)).ndim == 3
     }
     shapes = {name: torch.empty_like(parameter, device="meta") for name, parameter in fused.items()}
-    for name, part in _on_disk(loaded.model, shapes).items():
+    for name, part in on_disk(loaded.model, shapes).items():
         if part.ndim != 2:
             raise _fused_on_disk(loaded.model, name)
 
@@ -167,9 +168,10 @@ def _fused_on_disk(model: Any, name: str) -> CannotCompress:
     )
 
 
-def _on_disk(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def on_disk(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names and cuts of the checkpoint format, by transformers' inverse of its loading."""
     from transformers.core_model_loading import revert_weight_conversion
 
+    make_invertible(model)
     converted: dict[str, Tensor] = revert_weight_conversion(model, tensors)
     return converted

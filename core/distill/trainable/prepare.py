@@ -8,6 +8,7 @@ from core.errors import CannotCompress
 from core.lazy import torch
 from core.models.gradients import leave_inference_mode
 from core.models.loaded import LoadedModel
+from core.saving.reread import reread
 
 
 def prepare(loaded: LoadedModel, settings: TrainableSettings) -> Trainable:
@@ -23,6 +24,8 @@ def prepare(loaded: LoadedModel, settings: TrainableSettings) -> Trainable:
         )
     with torch.inference_mode(False):
         leave_inference_mode(loaded)
+        if not loaded.packed:  # a variant that was opened: goes on with the codes of its file
+            loaded.packed.update(reread(loaded))
         loaded.model.requires_grad_(False)
         match settings.train:
             case "all" | "head" | "norms":
