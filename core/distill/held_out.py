@@ -60,7 +60,8 @@ class HeldOut:
 
 def chosen_rows(data: TrainingData, *, max_tokens: int) -> list[int]:
     """The first rows that have targets, up to ``max_tokens`` tokens of them, and one at least."""
-    chosen, tokens = [], 0
+    chosen: list[int] = []
+    tokens = 0
     for row in range(data.n_rows):
         batch = data.batch([row])
         if chosen and tokens + batch.n_tokens > max_tokens:

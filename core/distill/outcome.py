@@ -30,9 +30,9 @@ class Measure:
 
 MEASURES: Mapping[str, Measure] = {
     "kl": Measure("KL(teacher ‖ student)", "nats", "lower"),
-    "loss": Measure("loss of the task", "nats", "lower"),
+    "task": Measure("loss of the task", "nats", "lower"),
     "accuracy": Measure("accuracy", "", "higher"),
-    "agreement": Measure("same likeliest token as the teacher", "", "higher"),
+    "top1_agreement": Measure("same likeliest answer as the teacher", "", "higher"),
 }
 """Measures that are known by name; others are told by it."""
 

@@ -7,41 +7,77 @@ collects its gradients, is updated, and is then rounded into the parameter. Know
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from core.distill.settings import Precision
 from core.lazy import torch
+from core.models.loaded import LoadedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Narrowed:
+    """A model whose float32 parameters were cast to bfloat16, in place, so that ties hold; ``restore`` brings them back.
+
+    Buffers (rotary frequencies) stay. What bfloat16 holds exactly is not kept twice.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._rounded: dict[int, tuple[Any, Tensor]] = {}
+        for parameter in model.parameters():
+            if parameter.dtype == torch.float32:
+                narrow = parameter.data.to(torch.bfloat16)
+                if not torch.equal(narrow.float(), parameter.data):
+                    self._rounded[id(parameter)] = parameter, parameter.data
+                parameter.data = narrow
+
+    def forget(self, parameters: Iterable[Any]) -> None:
+        """Keep nothing of these: somebody else knows their values."""
+        for parameter in parameters:
+            self._rounded.pop(id(parameter), None)
+
+    def restore(self) -> None:
+        """Float32 again, with the values there were."""
+        for parameter, data in self._rounded.values():
+            parameter.data = data
+        for parameter in self._model.parameters():
+            if parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.float()
+
+
+@contextmanager
+def computing_in(loaded: LoadedModel | None, precision: Precision) -> Iterator[None]:
+    """A model that is only read, in this precision for as long as the block lasts; None is no model."""
+    narrowed = None if loaded is None or precision == "float32" else Narrowed(loaded.model)
+    try:
+        yield
+    finally:
+        if narrowed is not None:
+            narrowed.restore()
+
+
 class Weights:
     """The parameters that are trained, by name, and the float32 values they follow.
 
-    With ``bfloat16`` every float32 parameter of the model is cast, in place, so that ties hold; buffers (rotary
-    frequencies) stay. ``release`` gives the model its float32 values back: the trained ones, and those it had.
+    With ``bfloat16`` the whole model is cast. ``release`` gives it float32 parameters back: the trained ones as they are
+    now, the others as they were.
     """
 
     def __init__(self, model: Any, named: Mapping[str, Any], precision: Precision) -> None:
         self.parameters: dict[str, Any] = dict(named)
         self.exact: dict[str, Tensor] = {}
-        self._frozen: list[tuple[Any, Tensor]] = []
-        narrow = torch.bfloat16 if precision == "bfloat16" else None
+        narrow = precision == "bfloat16"
         ours = {id(parameter) for parameter in model.parameters()}
         for name, parameter in self.parameters.items():
-            half = parameter.dtype != torch.float32 or (narrow is not None and id(parameter) in ours)
+            half = parameter.dtype != torch.float32 or (narrow and id(parameter) in ours)
             self.exact[name] = parameter.detach().float().clone() if half else parameter
-        if narrow is not None:
-            trained = {id(parameter) for parameter in self.parameters.values()}
-            for parameter in model.parameters():
-                if parameter.dtype == torch.float32:
-                    rounded = parameter.data.to(narrow)
-                    if id(parameter) not in trained and not torch.equal(rounded.float(), parameter.data):
-                        self._frozen.append((parameter, parameter.data))
-                    parameter.data = rounded
-        self._narrow = narrow
+        self._narrowed = Narrowed(model) if narrow else None
+        if self._narrowed is not None:
+            self._narrowed.forget(self.parameters.values())
 
     def collect(self) -> None:
         """Add the parameters' gradients to those of the float32 values, and forget them."""
@@ -69,14 +105,10 @@ class Weights:
             exact.data.copy_(values[name])
         self.follow()
 
-    def release(self, model: Any) -> None:
-        """Float32 parameters again: the trained ones as they are now, the others as they were."""
-        if self._narrow is None:
+    def release(self) -> None:
+        """The model in the precision it came in."""
+        if self._narrowed is None:
             return
         for name, parameter in self.parameters.items():
             parameter.data = self.exact[name].data
-        for parameter, data in self._frozen:
-            parameter.data = data
-        for parameter in model.parameters():
-            if parameter.dtype == self._narrow:
-                parameter.data = parameter.data.float()
+        self._narrowed.restore()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +98,7 @@ def train(
                 loop = _Loop(job, weights, scratch, progress, inputs, sampler, processes or Processes())
                 return loop.run()
         finally:
-            weights.release(model)
+            weights.release()
             model.eval()
             job.trainable.before_forward()
 
@@ -240,7 +240,7 @@ class _Loop:
         training, settings = self._job.training, self._settings
         wanted = max(1, settings.batch_tokens // training.window)
         epoch, first = divmod(self._stands.position.rows, training.n_rows)
-        return order(training.n_rows, epoch, settings.seed)[first : first + wanted].tolist()
+        return list(map(int, order(training.n_rows, epoch, settings.seed)[first : first + wanted]))
 
     # --- measuring ------------------------------------------------------------------------------------
 
@@ -261,7 +261,7 @@ class _Loop:
         better = self._stands.offer(found, value, self._weights)
         self._stands.point("held_out", tokens=place.tokens, values=found.means, best=better, samples=samples)
 
-    def _broken(self, what: str, value: float, batch: Batch, parts: dict[str, float]) -> CannotCompress:
+    def _broken(self, what: str, value: float, batch: Batch, parts: Mapping[str, float]) -> CannotCompress:
         place = self._stands.position
         return broken(
             what, value, update=place.update + 1, tokens=place.tokens, batch_hash=batch.content_hash, parts=parts,

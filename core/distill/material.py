@@ -1,0 +1,67 @@
+"""What a training reads: rows of its source, split, tokenized for this model, and what must be told of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from core.corpus.batches import TrainingData, tokenized
+from core.corpus.fitting import fitted
+from core.corpus.learned import remember
+from core.corpus.rows import Rows
+from core.corpus.sources import open_rows
+from core.corpus.splits import split
+from core.distill.settings import TrainingSettings
+from core.errors import BadInput
+from core.models.loaded import LoadedModel
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Rows that are learned from and rows that are measured on, before any tokenizer."""
+
+    source: Rows
+    train: Rows
+    held_out: Rows
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of the rows."""
+        return tuple(dict.fromkeys((*self.source.notes, *self.held_out.notes)))
+
+
+@dataclass(frozen=True)
+class Material:
+    """Both sides as token ids."""
+
+    training: TrainingData
+    held_out: TrainingData
+
+
+def sides(settings: TrainingSettings) -> Sides:
+    """Open and split the settings' source; raises ``BadInput`` for rows that cannot be learned from."""
+    source = open_rows(settings.data)
+    return Sides(source, *split(source, held_out=settings.held_out, seed=settings.seed))
+
+
+def material(
+    both: Sides, loaded: LoadedModel, settings: TrainingSettings, *, classes: tuple[str, ...] | None = None
+) -> Material:
+    """Both sides for this model, which will remember what it learned from. Raises ``BadInput`` where they do not fit it.
+
+    ``classes`` are a classifier's, in the order of its answers; by default those of the training rows.
+    """
+    if loaded.tokenizer is None:
+        raise BadInput(f"{loaded.ref} has no tokenizer, so it cannot learn from text; choose a text model")
+    window = min(settings.window, loaded.anatomy.context_length or settings.window)
+    labels = both.train.classes if classes is None else classes
+    training, held_out = (
+        fitted(
+            tokenized(
+                rows, loaded.tokenizer, window=window, packing=settings.packing, classes=labels
+            ),
+            loaded,
+        )
+        for rows in (both.train, both.held_out)
+    )  # fmt: skip
+    remember(loaded, both.source, both.train)
+    return Material(training, held_out)
