@@ -63,5 +63,5 @@ def material(
         )
         for rows in (both.train, both.held_out)
     )  # fmt: skip
-    remember(loaded, both.source, both.train)
+    remember(loaded, settings.data, both.source, both.train)
     return Material(training, held_out)

@@ -101,8 +101,9 @@ def _teacher(
         live, read.training, top_k=settings.top_k, temperature=settings.temperature,
         folder=cache_dir() / "teachers", progress=progress,
     )  # fmt: skip
-    return kept, (
+    said = (
         f"The teacher read the training rows once: its {kept.key.top_k} likeliest tokens and the mass of all others are "
         f"kept for each target, {kept.bytes_per_token} bytes each, {kept.nbytes / 1e6:.1f} MB. The loss over them is a "
-        "lower bound of the one over the whole vocabulary; what is held out is measured over all of it.",
+        "lower bound of the one over the whole vocabulary; what is held out is measured over all of it."
     )
+    return kept, (said,)
