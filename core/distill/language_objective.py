@@ -15,6 +15,7 @@ from core.distill.losses import cross_entropy, forward_kl
 from core.distill.losses.fused_head import SLICE_BYTES, HeadLoss, blocks, fused_head_loss
 from core.distill.losses.logit_gradient import Terms
 from core.distill.objective import Parts
+from core.distill.on_policy import OnPolicy
 from core.distill.teacher_rows import Dense, TeacherRows, TopK, outcomes
 from core.models.loaded import LoadedModel
 
@@ -29,7 +30,7 @@ class LanguageObjective:
     """kd_weight · T² · divergence + task_weight · cross entropy + the weighted losses of ``features``.
 
     ``teacher`` is None for plain training. ``held_out_teacher`` answers for held-out rows, at temperature 1: a cache
-    knows the rows of its own data only. Features need a ``LiveTeacher``, which then runs once for both.
+    knows the rows of its own data only. Features and ``on_policy`` need a ``LiveTeacher``; it runs once for all.
     """
 
     def __init__(
@@ -40,9 +41,13 @@ class LanguageObjective:
         *,
         held_out_teacher: Teacher | None = None,
         features: FeatureMatch | None = None,
+        on_policy: OnPolicy | None = None,
         vocabulary: int | None = None,
     ) -> None:
-        assert features is None or isinstance(teacher, LiveTeacher), "cached rows have no inside"
+        assert isinstance(teacher, LiveTeacher) or not (features or on_policy), (
+            "cached rows answer nothing new"
+        )
+        self.on_policy = on_policy
         self.student, self.teacher, self.terms, self.features = student, teacher, terms, features
         self.held_out_teacher = held_out_teacher
         self.head = head_of(student, vocabulary=vocabulary)
@@ -51,6 +56,8 @@ class LanguageObjective:
     def __call__(self, batch: Batch) -> Parts:
         """See ``Objective``."""
         batch = batch.to(self.student.model.device)
+        if self.on_policy is not None and self.on_policy.drawn():
+            batch = self.on_policy.continued(batch)
         with nullcontext() if self.features is None else self.features.captured():
             hidden_ND = final_hidden(self.student, batch)
             rows = self._taught(batch)

@@ -77,8 +77,12 @@ def _function() -> Any:
 
         @staticmethod
         def backward(ctx: Any, to_loss: Any, *_: Any) -> Any:
-            gradients = [None if g is None else g.mul_(to_loss) for g in ctx.gradients]
-            ctx.gradients = None  # scaled in place: a second backward pass would have nothing right to return
+            gradients = ctx.gradients
+            if float(to_loss) != 1.0:
+                gradients = tuple(None if g is None else g.mul_(to_loss) for g in gradients)
+            ctx.gradients = (
+                None  # given away, or scaled in place: there is nothing right to return a second time
+            )
             return (*gradients, None, None, None, None)
 
     return FusedHeadLoss
