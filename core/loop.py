@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -21,6 +21,8 @@ import pandas as pd
 
 from core.errors import BadInput, CannotOpen
 from core.journal import Journal
+from core.material import material_of
+from core.models.task import Task, task_of
 from core.recipe import Recipe
 from core.recording import record
 from core.registry import Method, get
@@ -29,14 +31,14 @@ from core.types import Dtype, Family, ModelRef, Progress, Run, Variant, part_of,
 
 if TYPE_CHECKING:
     from core.catalog.store import Catalog
-    from core.images.labelled import LabelledImages
+    from core.models.learned import Learned
     from core.models.loaded import LoadedModel
-    from core.types import Documents
 
 EVALUATION_OF: dict[Family, str] = {
     "decoder": "language_modelling",
     "encoder": "embedding_agreement",
     "vision": "image_classification",
+    "classifier": "text_classification",
 }
 """The evaluation of each model family when none is named."""
 
@@ -140,7 +142,8 @@ def make_variant(
     text = recipe.calibration
     documents = None if text is None else load_documents(text, split="calibration")
     references = _references(catalog, model, parent, recipe)
-    teachers = [entry_of(catalog, reference).id for reference in references.values()]
+    teachers = [entry_of(catalog, reference) for reference in references.values()]
+    task = task_of(loaded)
     started = datetime.now(UTC)
     incoming = catalog.artifacts.incoming()
     try:
@@ -156,7 +159,9 @@ def make_variant(
         id=id_,
         name=recipe.label(),
         source=f"variant:{id_}",
-        base_id=parent.base_id,
+        base_id=_base_of(
+            id_, parent, task, loaded, zip((t.base_id for t in teachers), references.values(), strict=True)
+        ),
         recipe=recipe.canonical(),
         artifact=artifact,
         format=made.saved.format,
@@ -167,7 +172,7 @@ def make_variant(
         bytes=made.saved.bytes,
         bits_per_weight=made.saved.bytes * 8 / made.saved.parameters,
         proven=made.proof.passed,
-        parents=tuple(dict.fromkeys((parent.id, *teachers))),
+        parents=tuple(dict.fromkeys((parent.id, *(teacher.id for teacher in teachers)))),
     )
     proved = datetime.now(UTC) - timedelta(seconds=made.proof.seconds)
     progress(0.97, 1.0, "entering the variant into the catalog")
@@ -191,14 +196,16 @@ def evaluate_variant(
 ) -> Run:
     """Measure the quality of a variant against its base, both reloaded from disk, on held-out documents or pictures.
 
-    For a vision model ``documents`` names pictures, and the embedded default means the embedded digits. ``settings``
+    For a vision model ``documents`` names pictures, and the embedded default means the embedded digits; for a text
+    classifier labelled rows, by default the held-out ones of what it was trained on. ``settings``
     values may be text. Finished parts are kept in ``scratch``, and the next call goes on from there.
     """
     variant = catalog.variant(variant_id)
     base = catalog.variant(variant.base_id)
     chosen = get("evaluate", method or EVALUATION_OF[variant.family])
     parsed = _settings(chosen, settings)
-    material = _material(chosen, documents, parsed)
+    learned = _learned(catalog, variant)
+    material = material_of(chosen, documents, parsed, learned=learned)
     started = datetime.now(UTC)
     base_model = _reopened(catalog, base, part_of(progress, 0.0, 0.05))
     chosen.refuse_if(base_model.missing_needs(chosen.needs), base.name)
@@ -319,14 +326,25 @@ def _refuse_changed(variant: Variant, fingerprint: str) -> None:
         )
 
 
-def _material(evaluation: Method, source: str, settings: Any) -> Documents | LabelledImages:
-    """What an evaluation measures on: labelled pictures for vision models, else held-out text."""
-    from core.images.labelled import load_images
-    from core.text.documents import load_documents
+def _learned(catalog: Catalog, variant: Variant) -> tuple[Learned, ...]:
+    """What a variant's files say it learned from; a base that the user has elsewhere was not trained here."""
+    from core.models.learned import read_learned
 
-    if "vision" in evaluation.needs:
-        return load_images("digits" if source == "pydoc" else source, limit=settings.max_images)
-    return load_documents(source, split="evaluation")
+    return read_learned(catalog.variant_folder(variant.id)) if variant.artifact else ()
+
+
+def _base_of(
+    id_: str, parent: Variant, task: Task, loaded: LoadedModel, teachers: Iterable[tuple[str, LoadedModel]]
+) -> str:
+    """The base that a new variant is held against: its parent's, while it answers the same question.
+
+    A model that was given another task (``task`` is what it had) has nothing in common with its parent's numbers: it is
+    held against its teacher's base if that has the task, and is otherwise a base of its own.
+    """
+    now = task_of(loaded)
+    if now == task:
+        return parent.base_id
+    return next((base for base, teacher in teachers if task_of(teacher) == now), id_)
 
 
 def _settings(method: Method, values: Mapping[str, Any] | None) -> Any:

@@ -126,7 +126,7 @@ def bases(catalog: Catalog) -> pd.DataFrame:
             (made.c.variants - 1).label("variants"),
         )
         .join(made, made.c.base_id == VariantRow.id)
-        .where(VariantRow.recipe_hash.is_(None), VariantRow.hidden.is_(False))
+        .where(VariantRow.id == VariantRow.base_id, VariantRow.hidden.is_(False))
         .order_by(made.c.latest.desc(), VariantRow.id)
     )
     with catalog.read() as session:

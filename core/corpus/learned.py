@@ -15,9 +15,12 @@ HEX = 16
 SHOWN = 3
 
 
-def remember(loaded: LoadedModel, source: Rows, train: Rows) -> None:
-    """Note in the model that it learned from ``train``, which are rows of ``source``; they are saved with it."""
-    found = Learned(source.name, source.fingerprint, tuple(sorted(set(_questions(train)))))
+def remember(loaded: LoadedModel, source: str, rows: Rows, train: Rows) -> None:
+    """Note in the model that it learned from ``train``, which are some of ``rows``; it is saved with it.
+
+    ``source`` is how ``open_rows`` was told of them.
+    """
+    found = Learned(rows.name, source, rows.fingerprint, tuple(sorted(set(_questions(train)))))
     if found not in loaded.learned:
         loaded.learned = (*loaded.learned, found)
 

@@ -53,7 +53,7 @@ def _classifier(loaded: LoadedModel, names: tuple[str, ...], seed: int) -> Any:
     config.get_text_config().pad_token_id = padding_of(loaded)
     # Without memory: only what lies outside the body is made.
     with torch.device("meta"):
-        model = kinds[type(config)](config)
+        model: Any = kinds[type(config)](config)  # type: ignore[operator]
     prefix = model.base_model_prefix
     fresh = getattr(model, prefix)
     if type(fresh) is not type(body):

@@ -20,6 +20,8 @@ class Learned:
     """What one training read."""
 
     name: str
+    source: str
+    """How it was named, so that its held-out rows can be found again."""
     fingerprint: str
     """Of all rows of the source, those held out included."""
     questions: tuple[str, ...]
@@ -33,7 +35,9 @@ def read_learned(folder: Path) -> tuple[Learned, ...]:
         return ()
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        return tuple(Learned(e["name"], e["fingerprint"], tuple(e["questions"])) for e in entries)
+        return tuple(
+            Learned(e["name"], e["source"], e["fingerprint"], tuple(e["questions"])) for e in entries
+        )
     except (ValueError, TypeError, KeyError) as error:
         raise CannotOpen(f"{path} cannot be read ({error}); remove it, or make the variant anew") from None
 
