@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from core.distill.precision import Weights
 from core.distill.trainable.prepare import prepare
 from core.distill.trainable.trainable import Trainable
 from core.errors import CannotCompress
@@ -98,6 +99,31 @@ def test_what_is_left_is_what_a_reload_gives(case: str, tmp_path: Path):
         assert all(torch.equal(loaded.packed[module].codes, was) for module, was in codes.items())
     if train == "lora":
         assert "put back on their own grids" in notes[1]
+    assert same_after_reload(loaded, result, tmp_path / "variant")
+
+
+@pytest.mark.parametrize("train", ["scales_and_norms", "straight_through", "lora"])
+def test_gradients_arrive_in_bfloat16_too(train: str, tmp_path: Path):
+    """The trainer casts the model behind ``prepare``'s back, and gives float32 back before ``finish``."""
+    loaded = own_model("llama", tmp_path)
+    result = apply(loaded, "rtn", bits=4)
+    trainable = prepare(loaded, settings(train))
+    for name, parameter in trainable.named():
+        if "lora_B" in name:
+            parameter.data += 0.01
+    weights = Weights(loaded.model, dict(trainable.named()), "bfloat16")
+    trainable.before_forward()
+    outputs(loaded).square().sum().backward()
+    weights.collect()
+    silent_ones = [
+        name for name, value in weights.exact.items() if value.grad is None or not value.grad.any()
+    ]
+    assert not silent_ones
+    for value in weights.exact.values():
+        value.data -= 0.001 * value.grad.sign()
+    weights.release()
+    trainable.finish(loaded)
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
     assert same_after_reload(loaded, result, tmp_path / "variant")
 
 
