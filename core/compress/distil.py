@@ -9,8 +9,7 @@ from core.distill.material import material, sides
 from core.distill.precision import computing_in
 from core.distill.settings import DistilSettings
 from core.distill.students import refuse_unfit
-from core.distill.teaching import language_aim
-from core.errors import CannotCompress
+from core.distill.tasks import aim, prepare_student, taught_as
 from core.lazy import torch
 from core.models.anatomy import Anatomy
 from core.models.loaded import LoadedModel
@@ -38,8 +37,8 @@ def run(
     scratch: Path | None,
     settings: DistilSettings,
 ) -> Result:
-    """Train this model on text until it says of every next token what its teacher says: what a cut or a coarse grid
-    took comes back, as far as the parameters that are left allow.
+    """Train this model until it says of every next token, or of every text's class, what its teacher says: what a cut or
+    a coarse grid took comes back, as far as the parameters that are left allow. An encoder learns its teacher's cosines.
 
     Minimised is kd_weight · T² · divergence(teacher, student) + task_weight · cross entropy + losses on what goes on
     inside, by AdamW. Put it behind the steps that make the student (drop_layers, prune_width, own_student, gptq, densify),
@@ -47,18 +46,18 @@ def run(
     a student of the same size that learns without a teacher. The weights that were best on held-out rows are kept, those
     it began with included. It goes on where it was stopped.
     """
+    taught_as(loaded, reference, settings)
     refuse_unfit(loaded, reference)
-    if loaded.family != "decoder":
-        raise CannotCompress(f"{loaded.ref} predicts no next token; distil a decoder, e.g. demo:smollm2")
     progress(0.0, 1.0, "reading the rows")
     with loaded.lock, reference.lock, torch.inference_mode(False):
         both = sides(settings)
-        read = material(both, loaded, settings)
+        classes = prepare_student(loaded, both.train, settings)
+        read = material(both, loaded, settings, classes=classes)
         with computing_in(reference, settings.teacher_precision):
-            aim, notes = language_aim(
-                loaded, reference, read, settings, part_of(progress, 0.02, 0.3)
+            made, notes = aim(
+                loaded, reference, both, read, settings, part_of(progress, 0.02, 0.3)
             )  # fmt: skip
             return trained_result(
-                "distil", loaded, aim, read, part_of(progress, 0.3, 1.0), scratch, settings,
+                "distil", loaded, made, read, part_of(progress, 0.3, 1.0), scratch, settings,
                 inputs={"teacher": reference.fingerprint}, notes=(*notes, *both.notes),
             )  # fmt: skip

@@ -7,8 +7,7 @@ from pathlib import Path
 from core.compress._training import trained_result, training_cost
 from core.distill.material import material, sides
 from core.distill.settings import FineTuneSettings
-from core.distill.teaching import plain_language_aim
-from core.errors import CannotCompress
+from core.distill.tasks import plain_aim, prepare_student
 from core.lazy import torch
 from core.models.anatomy import Anatomy
 from core.models.loaded import LoadedModel
@@ -34,18 +33,20 @@ def run(
     scratch: Path | None,
     settings: FineTuneSettings,
 ) -> Result:
-    """Train this model on rows of your own: text to go on with, or conversations to answer.
+    """Train this model on rows of your own: text to go on with, conversations to answer, texts to classify, or pairs to
+    compare.
 
-    Minimised is the cross entropy of the next token, of answers only where rows are conversations, by AdamW. The weights
+    Minimised by AdamW is the cross entropy of the next token (of answers only, where rows are conversations), or of the
+    label: the model gets a new head of these classes where it has none, and is then a base of its own. Of scored pairs,
+    the squared distance of an encoder's cosine to the score. The weights
     that were best on held-out rows are kept, those it began with included. It goes on where it was stopped.
     """
-    if loaded.family != "decoder":
-        raise CannotCompress(f"{loaded.ref} predicts no next token; fine-tune a decoder, e.g. demo:smollm2")
     progress(0.0, 1.0, "reading the rows")
     with loaded.lock, torch.inference_mode(False):
         both = sides(settings)
-        read = material(both, loaded, settings)
+        classes = prepare_student(loaded, both.train, settings)
+        read = material(both, loaded, settings, classes=classes)
         return trained_result(
-            "fine_tune", loaded, lambda: plain_language_aim(loaded), read, part_of(progress, 0.02, 1.0), scratch,
+            "fine_tune", loaded, plain_aim(loaded, both), read, part_of(progress, 0.02, 1.0), scratch,
             settings, inputs={}, notes=both.notes,
         )  # fmt: skip

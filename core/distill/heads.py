@@ -18,8 +18,8 @@ from core.models.loaded import LoadedModel
 def give_class_head(loaded: LoadedModel, classes: Sequence[str], *, seed: int = 0) -> tuple[str, ...]:
     """Make ``loaded`` a classifier of these classes in place; returns them in the order of their numbers.
 
-    A classifier of just these classes keeps its head and its order. Anything else gets a new one: its body is taken
-    over, what lies behind it (BERT's pooler too, where the checkpoint has none) is drawn from ``seed``. Raises
+    A classifier that knows these classes, by name or number, keeps its head and its order. Anything else gets a new one:
+    its body is taken over, what lies behind it (BERT's pooler too, where the checkpoint has none) is drawn from ``seed``. Raises
     ``BadInput`` for classes that make no task, ``CannotCompress`` where transformers has no such classifier.
     """
     names = tuple(str(name) for name in classes)
@@ -27,8 +27,11 @@ def give_class_head(loaded: LoadedModel, classes: Sequence[str], *, seed: int = 
         raise BadInput(
             f"{len(set(names))} different classes among {len(names)} make no task; give at least two, each once"
         )
-    if loaded.family == "classifier" and set(class_names(loaded)) == set(names):
-        return class_names(loaded)
+    if loaded.family == "classifier":
+        known = class_names(loaded)
+        for own in (known, tuple(map(str, range(len(known))))):
+            if set(names) <= set(own):
+                return own
     if loaded.tokenizer is None or loaded.family == "vision":
         raise CannotCompress(
             f"{loaded.ref} reads no text, so it cannot learn classes of texts; open a language model"
