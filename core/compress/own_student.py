@@ -74,7 +74,7 @@ def _sizes(anatomy: Anatomy, settings: OwnStudentSettings) -> dict[str, int]:
 
 
 def _left(anatomy: Anatomy, settings: OwnStudentSettings) -> Mapping[str, float]:
-    """Exact but for the final norm, biases and blocks of another kind."""
+    """Exact but for the final norm, biases, blocks of another kind, and heads that do not keep their size."""
     if settings.model:
         raise CannotCompress("how large another model is, is known when it is opened")
     sizes = _sizes(anatomy, settings)
