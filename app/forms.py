@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict
 from functools import partial
@@ -35,24 +35,32 @@ def settings_form(
     own: Mapping[str, Callable[[], Any]] | None = None,
     start: Mapping[str, Any] | None = None,
     bind: bool = True,
+    sections: Mapping[str, Sequence[str]] | None = None,
 ) -> Settings | None:
     """Draw the settings of ``method`` in a grid; return them validated, or None after saying what is wrong.
 
     Widget keys, which are also the query parameters, are ``{prefix}_{field}``; the prefix defaults to the id. Texts to
     type are inputs rather than settings: they go into the container ``inputs`` where there is one. ``own`` draws
     fields that have a widget of their own. ``start`` has values that a fresh form begins with instead of the defaults;
-    without ``bind`` the fields are not in the address, because the page puts them there another way.
+    without ``bind`` the fields are not in the address, because the page puts them there another way. ``sections`` names
+    fields by title, each folded away but the one without a title.
     """
     fields = method.settings.model_fields
     prefix = prefix or method.id
     own = own or {}
     typed = [name for name in fields if inputs is not None and (name in own or is_text(fields[name]))]
     slots, values = {}, {}
-    for names, place in ((typed, inputs or st), ([n for n in fields if n not in typed], st)):
-        if not names:
-            continue
-        grid = place.grid(columns, min_column_width=180)
-        for name in names:
+    parts: list[tuple[Sequence[str], Callable[[], Any]]] = [(typed, lambda: inputs)] if typed else []
+    rest = [name for name in fields if name not in typed]
+    for title, chosen in (sections or {"": rest}).items():
+        names = [name for name in chosen if name in rest]
+        if names:
+            parts.append(
+                (names, partial(st.expander, title, key=f"{prefix}_in_{title}") if title else lambda: st)
+            )
+    for group, made in parts:
+        grid = made().grid(columns, min_column_width=180)
+        for name in group:
             slots[name] = grid.container(gap=None)
             with slots[name]:
                 key = f"{prefix}_{name}"

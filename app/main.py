@@ -22,6 +22,7 @@ PAGES = (
         "Which expert of a mixture does what, and what if it routed otherwise",
     ),
     ("compress", "Compress", "compress", "Make a smaller variant and prove that it reloads"),
+    ("distil", "Distil", "school", "Train a smaller student from a teacher, beside its honest baselines"),
     ("tradeoffs", "Trade-offs", "scatter_plot", "Size, quality and speed of every variant"),
     ("jobs", "Jobs", "manufacturing", "The queue: progress, logs, cancel and retry"),
 )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 import streamlit as st
 
-from app import drafts, engine, state
+from app import drafts, engine, making, state
 from app.components.error_card import error_card
 from app.components.group_card import GROUP, group_card, variants_of
 from app.components.heading import About, Reproduction, heading
-from app.components.measuring_form import Measured, measuring_form
+from app.components.measuring_form import measuring_form
 from app.components.recipe_editor import recipe_editor, way
 from app.components.sweep_panel import sweep_panel
 from app.components.waiting import settled
@@ -18,9 +18,7 @@ from app.compress_views import presets, size_words, work_words
 from app.reproduce import recipe_command, recipe_script
 from app.text import esc
 from core.errors import SlimscopeError
-from core.jobs.plan import submit_sweep
 from core.jobs.states import ACTIVE
-from core.recipe import Recipe
 
 ABOUT = About(
     "A recipe is a list of steps that make a variant of the model, usually a smaller one. Making one queues three jobs: compress, "
@@ -34,19 +32,7 @@ ABOUT = About(
 )
 
 model = state.model()
-
-
-def make(recipes: Sequence[Recipe]) -> None:
-    """Queue the recipes' jobs in one group, which the address names; measured as the form below says."""
-    measured: Measured = st.session_state["measured"]
-    try:
-        jobs = submit_sweep(
-            engine.queue(), model=model, recipes=recipes, evaluate=measured.evaluate, profile=measured.profile
-        )
-        engine.start_work()
-        st.query_params["group"] = jobs[0].group_id
-    except SlimscopeError as error:
-        st.session_state["refusal"] = error
+make = partial(making.make, model)
 
 
 top = st.container()
@@ -81,7 +67,7 @@ for preset in offered:
                 width="stretch",
             )
 opening_slot = st.container()  # filled last: nothing else on the page waits for the model to open
-if refusal := st.session_state.pop("refusal", None):
+if refusal := st.session_state.pop(making.REFUSAL, None):
     error_card(refusal, key="refused")
 
 # --- the jobs just queued, or those of this model that still run ----------------------------------------

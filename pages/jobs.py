@@ -29,7 +29,7 @@ REPRODUCE = Reproduction(
     "slimscope jobs --json",
 )
 LOG_LINES = 120
-STATES = ["queued", "running", "succeeded", "failed", "cancelled", "lost"]
+STATES = ["queued", "running", "paused", "succeeded", "failed", "cancelled", "lost"]
 
 
 def pick(ids: list[str]) -> None:
@@ -94,7 +94,7 @@ def table(jobs: list[Job], chosen: str | None) -> None:
 
 def detail(job: Job) -> None:
     """One job in full: its card, its facts, the end of its log."""
-    card.job_card(job, prefix="detail")
+    card.job_card(job, prefix="detail", narrow=True)
     st.caption(f"Job {job.id} · group {job.group_id} · queued {fmt.ago(job.created_at)}")
     log = "\n".join(tail(job.log_path, LOG_LINES))
     st.code(log or "No log yet.", language=None, height=360, wrap_lines=True)

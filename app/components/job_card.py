@@ -1,17 +1,19 @@
-"""One job as a card: what it does, its state, its progress with the time left, and what can be done about it.
+"""One job as a card: what it does, its state, its progress with the time left, what it learns, and what can be done about it.
 
 Also the watcher that says, on any page, that a job has ended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 import streamlit as st
 
 from app import engine
 from app import format as fmt
+from app.components.loss_curve import loss_curve
+from app.live_training import running
 from app.text import esc
 from core.errors import BadInput, SlimscopeError
 from core.jobs.states import ACTIVE, ENDED, RETRIABLE
@@ -28,6 +30,11 @@ COLORS: dict[JobState, str] = {
     "cancelled": "orange",
     "lost": "red",
 }
+KEEPING = ("compress", "evaluate")
+"""Jobs that go on from what they had finished; others would begin again after a pause."""
+VERBS = {
+    "Resume": "resume", "Retry": "retry", "Pause": "pause", "Pausing": "pause", "Cancel": "cancel", "Stopping": "cancel",
+}  # fmt: skip
 POLL_S = 1.0
 RECENT = 50
 
@@ -80,6 +87,8 @@ def progress_text(job: Job, now: datetime) -> str:
     left, took = time_left(job, now), elapsed(job, now)
     if job.state == "queued":
         return job.message or ("waits for the job before it" if job.depends_on else "waits for its turn")
+    if job.state == "paused":
+        return "paused: it goes on from what it had finished"
     tail = f"about {fmt.seconds(left)} left" if left is not None else f"{fmt.seconds(took)}"
     return " · ".join(part for part in (job.message, tail) if part)
 
@@ -87,8 +96,8 @@ def progress_text(job: Job, now: datetime) -> str:
 # --- the card -----------------------------------------------------------------------------------------
 
 
-def job_card(job: Job, *, prefix: str) -> None:
-    """Draw the job with its progress and its cancel or retry button, for a bordered container around it."""
+def job_card(job: Job, *, prefix: str, narrow: bool = False) -> None:
+    """Draw the job with its progress and its buttons, for a bordered container around it; a training with its curve so far."""
     now = datetime.now(UTC)
     with st.container(key=f"{prefix}_{job.id}", gap="xsmall"):
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
@@ -97,8 +106,11 @@ def job_card(job: Job, *, prefix: str) -> None:
                 st.caption(f"attempt {job.attempt}", width="content")
             st.markdown(f":{COLORS[job.state]}-badge[{job.state}]", width="content")
             job_action(job, prefix=prefix)
-        if job.state in ACTIVE:
+        if job.state in (*ACTIVE, "paused"):
             st.progress(fraction(job), text=esc(progress_text(job, now)))
+            course = running(job)
+            if course is not None:
+                loss_curve(course, key=f"{prefix}_{job.id}", narrow=narrow)
         elif job.error:
             st.markdown(f":red[{esc(job.error)}]" if job.state != "cancelled" else f":gray[{esc(job.error)}]")
         else:
@@ -106,38 +118,39 @@ def job_card(job: Job, *, prefix: str) -> None:
 
 
 def job_action(job: Job, *, prefix: str) -> None:
-    """Cancel what still runs or waits; retry what did not succeed."""
-    if job.state in ACTIVE:
-        asked = job.cancel_requested
-        st.button(
-            "Stopping" if asked else "Cancel",
-            type="tertiary",
-            icon=":material/close:",
-            disabled=asked,
-            on_click=_cancel,
-            args=(job.id,),
-            key=f"{prefix}_cancel_{job.id}",
-        )
+    """Pause, resume or cancel what is not over; retry what did not succeed."""
+    if job.state == "paused":
+        _button("Resume", "play_arrow", engine.queue().resume, job, prefix)
     elif job.state in RETRIABLE:
-        st.button(
-            "Retry",
-            type="tertiary",
-            icon=":material/refresh:",
-            on_click=_retry,
-            args=(job.id,),
-            key=f"{prefix}_retry_{job.id}",
-        )
+        _button("Retry", "refresh", engine.queue().retry, job, prefix)
+    elif job.state == "queued" or (job.state == "running" and job.kind in KEEPING):
+        asked = job.pause_requested
+        _button("Pausing" if asked else "Pause", "pause", engine.queue().pause, job, prefix, off=asked)
+    if job.state in (*ACTIVE, "paused"):
+        asked = job.cancel_requested
+        _button("Stopping" if asked else "Cancel", "close", engine.queue().cancel, job, prefix, off=asked)
 
 
-def _cancel(id_: str) -> None:
-    engine.queue().cancel(id_)
+def _button(
+    label: str, icon: str, act: Callable[[str], Job], job: Job, prefix: str, *, off: bool = False
+) -> None:
+    verb = VERBS[label]
+    st.button(
+        label,
+        type="tertiary",
+        icon=f":material/{icon}:",
+        disabled=off,
+        on_click=_do,
+        args=(act, job.id),
+        key=f"{prefix}_{verb}_{job.id}",
+    )
 
 
-def _retry(id_: str) -> None:
+def _do(act: Callable[[str], Job], id_: str) -> None:
     try:
-        engine.queue().retry(id_)
-        engine.start_work()
-    except SlimscopeError as error:
+        if act(id_).state == "queued":
+            engine.start_work()
+    except SlimscopeError as error:  # it ended meanwhile
         st.session_state.setdefault("toasts", []).append(f":red[{esc(error)}]")
 
 
@@ -161,7 +174,7 @@ def _watch() -> None:
     was = st.session_state["jobs_active"]
     if not was:
         return
-    ended = [job for job in engine.queue().jobs(RECENT) if job.id in was and job.state in ENDED]
+    ended = [job for job in engine.queue().jobs(RECENT) if job.id in was and job.state in (*ENDED, "paused")]
     if ended:
         st.session_state.setdefault("toasts", []).extend(map(ending, ended))
         st.rerun()

@@ -1,0 +1,173 @@
+"""A training as it runs and after it: the points of its curve, from the worker's scratch folder or the catalog.
+
+A running worker appends to a file that this reads; what was made keeps the same as frames of its compress run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+import pandas as pd
+import streamlit as st
+
+from app import engine
+from app import format as fmt
+from app.charts import PADDING, SELECTED
+from core.distill.curve import NAME, curve_frame, held_out_frame, read_points, samples_frame
+from core.errors import SlimscopeError
+from core.recipe import Recipe
+from core.scratch import PREFIX
+from core.types import Job
+
+NEUTRAL = "#8A93A6"
+IN_NATS = ("kl", "loss", "task", "jsd", "reverse_kl")
+"""Held-out measures that may share an axis with the training loss."""
+FRAMES = ("curve", "held_out", "samples")
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """The course of a training so far."""
+
+    updates: pd.DataFrame
+    """``core.distill.curve.curve_frame``."""
+    held_out: pd.DataFrame
+    samples: pd.DataFrame
+    seconds_left: float | None = None
+    """At the pace of the last updates; None where it does not run."""
+
+
+def running(job: Job) -> Course | None:
+    """The course of a job that makes a student; None where it has none yet, or trains nothing."""
+    variant = _variant_id(job)
+    if variant is None:
+        return None
+    folder = engine.catalog().folder / "scratch" / f"{PREFIX}{variant}"
+    files = sorted(folder.rglob(NAME), key=lambda file: file.stat().st_mtime)
+    points = read_points(files[-1]) if files else []
+    return course(points) if points else None
+
+
+def course(points: list[dict[str, Any]]) -> Course:
+    """The frames of a curve's points."""
+    updates = [point for point in points if point["kind"] == "update"]
+    left = updates[-1].get("seconds_left") if updates else None
+    return Course(curve_frame(points), held_out_frame(points), samples_frame(points), left)
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def finished(variant_id: str, revision: int) -> Course | None:
+    """The course that a made variant keeps; None where it was not trained."""
+    detail = engine.variant_detail(variant_id, revision)
+    kept = {name: run for run, name in reversed(detail.frames)}
+    if not set(FRAMES) <= set(kept):
+        return None
+    updates, held_out, samples = (engine.catalog().frame(kept[name], name) for name in FRAMES)
+    return Course(updates, held_out, samples)
+
+
+def _variant_id(job: Job) -> str | None:
+    """The id of the variant that a compress job makes; None while the model it starts from is not in the catalog."""
+    if job.kind != "compress":
+        return None
+    try:
+        recipe = Recipe.parse(job.spec["recipe"])
+        source = str(job.spec["model"])
+        if source.startswith("variant:"):
+            return recipe.variant_id(engine.variant_of(source.removeprefix("variant:")).fingerprint)
+        known = engine.bases(engine.revision())
+        ids = known.loc[known["source"] == source, "id"]
+        return recipe.variant_id(engine.variant_of(ids.iloc[0]).fingerprint) if len(ids) else None
+    except SlimscopeError:
+        return None
+
+
+# --- what is said and drawn -----------------------------------------------------------------------------
+
+
+def headlines(shown: Course) -> list[tuple[str, str, str]]:
+    """The newest figures: label, value with unit, and what the figure is."""
+    found = []
+    for measure in shown.held_out["measure"].drop_duplicates():
+        values = shown.held_out.loc[shown.held_out["measure"] == measure, "value"]
+        first, last = float(values.iloc[0]), float(values.iloc[-1])
+        found.append(
+            (
+                f"{fmt.label(measure)}, held out",
+                fmt.number(last, unit_of(measure)),
+                f"{fmt.number(first, unit_of(measure))} before",
+            )
+        )
+    if len(shown.updates):
+        now = shown.updates.iloc[-1]
+        found += [
+            (
+                "Training loss",
+                fmt.number(float(now["loss"]), "nats"),
+                "per target, with all its parts weighted",
+            ),
+            (
+                "Gradient norm",
+                fmt.number(float(now["gradient_norm"])),
+                f"learning rate {now['learning_rate']:.1e}",
+            ),
+            (
+                "Pace",
+                fmt.number(float(now["tokens_per_s"]), "tokens/s"),
+                f"{fmt.count(float(now['tokens']))} tokens read",
+            ),
+        ]
+    if shown.seconds_left is not None:
+        found.append(("Time left", fmt.seconds(shown.seconds_left), "at this pace, if no early stop"))
+    return found
+
+
+def unit_of(measure: str) -> str:
+    """The unit of a held-out measure."""
+    return "nats" if measure in IN_NATS else ""
+
+
+def loss_chart(shown: Course) -> Any:
+    """Training loss (line) and held-out measures in nats (points joined) over the tokens read."""
+    held = shown.held_out[shown.held_out["measure"].isin(IN_NATS)]
+    held = held.assign(series=held["measure"].map(fmt.label) + ", held out")
+    train = shown.updates.assign(series="Training loss", value=shown.updates.get("loss"))[
+        ["tokens", "value", "series"]
+    ]
+    names = ["Training loss", *held["series"].drop_duplicates()]
+    x = alt.X("tokens:Q", title="Training tokens read", axis=alt.Axis(format="~s", tickCount=6))
+    y = alt.Y("value:Q", title="nats per target", scale=alt.Scale(zero=False))
+    colors = [NEUTRAL, SELECTED, "#3B5BDB", "#2B8A3E", "#C2255C"][: len(names)]
+    color = alt.Color(
+        "series:N", title=None, scale=alt.Scale(domain=names, range=colors), legend=alt.Legend(orient="top")
+    )
+    tooltip = [
+        "series:N",
+        alt.Tooltip("tokens:Q", format=",.0f"),
+        alt.Tooltip("value:Q", title="nats", format=".4f"),
+    ]
+    return alt.layer(
+        alt.Chart(train).mark_line(strokeWidth=1.2).encode(x=x, y=y, color=color, tooltip=tooltip),
+        alt.Chart(held)
+        .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=40))
+        .encode(x=x, y=y, color=color, tooltip=tooltip),
+    ).properties(height=230, padding=PADDING)
+
+
+def small_chart(shown: Course, column: str, title: str) -> Any:
+    """One column of the updates over the tokens read."""
+    y = alt.Y(
+        f"{column}:Q", title=title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=3, format="~g")
+    )
+    return (
+        alt.Chart(shown.updates)
+        .mark_line(strokeWidth=1.2, color=NEUTRAL)
+        .encode(
+            x=alt.X("tokens:Q", title=None, axis=alt.Axis(format="~s", tickCount=4)),
+            y=y,
+            tooltip=[alt.Tooltip("tokens:Q", format=",.0f"), alt.Tooltip(f"{column}:Q", format=".4~g")],
+        )
+        .properties(height=100, padding=PADDING)
+    )
