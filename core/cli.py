@@ -238,6 +238,12 @@ def _add_measuring(add: Add) -> None:
     parser.add_argument(
         "--base", metavar="MODEL", help="only variants of this base: its id or how it was opened"
     )
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        metavar="ID",
+        help="hold these variants against each other, text by text (exact McNemar)",
+    )
     parser.add_argument("--x", default="bytes", help="cost axis of the front (default: %(default)s)")
     parser.add_argument(
         "--y", default=None, help="quality axis of the front (default: kl, or cosine_agreement for encoders)"

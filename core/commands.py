@@ -183,9 +183,12 @@ def profile_command(args: argparse.Namespace) -> Any:
 
 
 def compare_command(args: argparse.Namespace) -> Any:
-    """One row per variant: size, quality, speed, proof, and whether it is on the front."""
+    """One row per variant: size, quality, speed, proof, and whether it is on the front; or every pair of some variants."""
     from core.loop import compare
+    from core.pairwise import pairwise
 
+    if args.pairs:
+        return pairwise(_catalog(), args.pairs)
     rows = compare(_catalog(), base=args.base, objective=args.x, quality=args.y)
     return rows if args.json else rows.reindex(columns=COMPARE_SHOWN)
 
