@@ -30,7 +30,8 @@ class LanguageObjective:
     """kd_weight · T² · divergence + task_weight · cross entropy + the weighted losses of ``features``.
 
     ``teacher`` is None for plain training. ``held_out_teacher`` answers for held-out rows, at temperature 1: a cache
-    knows the rows of its own data only. Features and ``on_policy`` need a ``LiveTeacher``; it runs once for all.
+    knows the rows of its own data only. Features need a ``LiveTeacher``, which then runs once for both; what the student
+    writes itself is answered by ``on_policy``'s.
     """
 
     def __init__(
@@ -44,9 +45,7 @@ class LanguageObjective:
         on_policy: OnPolicy | None = None,
         vocabulary: int | None = None,
     ) -> None:
-        assert isinstance(teacher, LiveTeacher) or not (features or on_policy), (
-            "cached rows answer nothing new"
-        )
+        assert features is None or isinstance(teacher, LiveTeacher), "cached rows have no inside"
         self.on_policy = on_policy
         self.student, self.teacher, self.terms, self.features = student, teacher, terms, features
         self.held_out_teacher = held_out_teacher
@@ -56,11 +55,12 @@ class LanguageObjective:
     def __call__(self, batch: Batch) -> Parts:
         """See ``Objective``."""
         batch = batch.to(self.student.model.device)
+        teacher = self.teacher
         if self.on_policy is not None and self.on_policy.drawn():
-            batch = self.on_policy.continued(batch)
+            batch, teacher = self.on_policy.continued(batch), self.on_policy.teacher
         with nullcontext() if self.features is None else self.features.captured():
             hidden_ND = final_hidden(self.student, batch)
-            rows = self._taught(batch)
+            rows = self._taught(batch, teacher)
         found = self._head_loss(hidden_ND, targets_of(batch), rows)
         loss, parts = found.loss, {}
         if rows is not None and self.terms.kd_weight:
@@ -73,11 +73,11 @@ class LanguageObjective:
             parts |= matched.parts
         return Parts(loss, len(hidden_ND), parts)
 
-    def _taught(self, batch: Batch) -> TeacherRows | None:
+    def _taught(self, batch: Batch, teacher: Teacher | None) -> TeacherRows | None:
         """What the teacher says; with features it runs even where nothing else is asked of it."""
-        if self.teacher is None or not (self.terms.kd_weight or self.features):
+        if teacher is None or not (self.terms.kd_weight or self.features):
             return None
-        rows = self.teacher.rows(batch)
+        rows = teacher.rows(batch)
         return rows if self.terms.kd_weight else None
 
     def _head_loss(self, hidden_ND: Tensor, targets_N: Tensor, rows: TeacherRows | None) -> HeadLoss:

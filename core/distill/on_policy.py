@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from core.distill.live_teacher import LiveTeacher
 from core.lazy import torch
 from core.models.loaded import LoadedModel
 
@@ -26,9 +27,10 @@ KEPT = 0.5
 
 @dataclass(frozen=True, eq=False)
 class OnPolicy:
-    """The student as a writer; ``share`` of the batches are continued."""
+    """The student as a writer and the teacher as its reader; ``share`` of the batches are continued."""
 
     student: LoadedModel
+    teacher: LiveTeacher
     share: float
 
     def drawn(self) -> bool:
@@ -38,7 +40,7 @@ class OnPolicy:
     def continued(self, batch: Batch) -> Batch:
         """The first text of every row: its prompt, or its first half, and behind it what the student says.
 
-        As long as the text was. Its targets are the continuation's tokens; there are no labels.
+        As long as the text was. Its targets are the continuation's tokens, up to an end of text the student says.
         """
         from core.corpus.batches import IGNORE
 
@@ -52,6 +54,9 @@ class OnPolicy:
         places_P = torch.arange(ids_BP.shape[1], device=ids_BP.device)
         inside_BP = places_P < lengths_B[:, None]
         aimed_BP = (places_P + 1 >= prompts_B[:, None]) & (places_P + 1 < lengths_B[:, None])
+        if (end := getattr(self.student.tokenizer, "eos_token_id", None)) is not None:
+            ended_BP = (ids_BP == end) & (places_P >= prompts_B[:, None])
+            aimed_BP &= ended_BP.cumsum(-1) == 0
         next_BP = torch.cat((ids_BP[:, 1:], ids_BP[:, :1]), -1)
         return replace(
             batch,

@@ -1,7 +1,8 @@
 """Which aim a student has: made of the settings, of what the student is, and of what kind of rows it reads.
 
 A teacher whose top-k answers are kept runs once over the training rows, and its answers are shared by every student
-that reads them. Losses on what goes on inside, and texts that a student writes itself, need it to run at every update.
+that reads them. Losses on what goes on inside need it to run at every update; texts that a student writes itself, at
+those updates.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from core.distill.losses.logit_gradient import Terms
 from core.distill.losses.named import named
 from core.distill.material import Material
 from core.distill.objective import Objective
+from core.distill.on_policy import OnPolicy
 from core.distill.settings import DistilSettings
 from core.distill.students import shared_vocabulary
 from core.distill.teacher_cache import TeacherCache, build
@@ -54,10 +56,13 @@ def language_aim(
         settings.task_weight,
     )
 
+    writes_itself = settings.kd_weight > 0 and settings.on_policy > 0
+
     def aim() -> Objective:
         return LanguageObjective(
             student, taught_by, terms, held_out_teacher=live, vocabulary=vocabulary,
             features=features(student, teacher, settings, count="targets"),
+            on_policy=OnPolicy(student, live, settings.on_policy) if writes_itself else None,
         )  # fmt: skip
 
     return aim, notes
@@ -93,7 +98,8 @@ def _teacher(
     live: LiveTeacher, read: Material, settings: DistilSettings, progress: Progress
 ) -> tuple[Teacher | None, tuple[str, ...]]:
     """Who answers for training rows: nobody, the teacher itself, or what was kept of it."""
-    if matches_inside(settings) or (settings.kd_weight and not settings.top_k):
+    always = not settings.top_k or settings.on_policy == 1
+    if matches_inside(settings) or (settings.kd_weight and always):
         return live, ("The teacher ran at every update, over the whole vocabulary.",)
     if not settings.kd_weight:
         return None, ("No loss against the teacher: this is plain training, the control.",)
