@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from core.corpus.batches import TrainingData, tokenized
+from core.corpus.batches import TrainingData, order, tokenized
 from core.corpus.fitting import fitted
 from core.corpus.learned import remember
 from core.corpus.rows import Rows
@@ -26,7 +26,7 @@ class Sides:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of the rows."""
-        return tuple(dict.fromkeys((*self.source.notes, *self.held_out.notes)))
+        return tuple(dict.fromkeys((*self.source.notes, *self.train.notes, *self.held_out.notes)))
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,35 @@ class Material:
     held_out: TrainingData
 
 
+BYTES_PER_TOKEN = 6
+"""More than text has on average with any common tokenizer: so many rows are kept that max_tokens cannot use them up."""
+
+
 def sides(settings: TrainingSettings) -> Sides:
     """Open and split the settings' source; raises ``BadInput`` for rows that cannot be learned from."""
     source = open_rows(settings.data)
-    return Sides(source, *split(source, held_out=settings.held_out, seed=settings.seed))
+    train, held_out = split(source, held_out=settings.held_out, seed=settings.seed)
+    if source.kind in ("text", "instruction"):
+        train = _enough(train, BYTES_PER_TOKEN * settings.max_tokens, settings.seed, "learn from")
+        held_out = _enough(held_out, BYTES_PER_TOKEN * settings.held_out_tokens, settings.seed, "measure on")
+    return Sides(source, train, held_out)
+
+
+def _enough(rows: Rows, nbytes: int, seed: int, what: str) -> Rows:
+    """As many rows as hold ``nbytes``, drawn by ``seed``; all where there are no more.
+
+    What would never be read need be neither tokenized nor shown to a teacher.
+    """
+    drawn, held = [], 0
+    for index in order(len(rows), 0, seed).tolist():
+        drawn.append(index)
+        held += rows.rows[index].n_bytes
+        if held >= nbytes:
+            break
+    if len(drawn) == len(rows):
+        return rows
+    note = f"Of {len(rows):,} rows to {what} {len(drawn):,} were drawn: no more are needed."
+    return rows.take(sorted(drawn), named=rows.name, notes=(note,))
 
 
 def material(
