@@ -75,7 +75,8 @@ def encode(rows: Rows, tokenizer: Any, *, window: int, too_long: TooLong = "refu
                 f"{len(silent):,} of {len(rows):,} conversations of {rows.name} have no answer within {window} tokens "
                 f"(the first is row {silent[0]}); set a longer window, or leave them out"
             )
-    return _joined(texts, window, n_cut=len({text.row for text in over}))
+    behind = len(special_tokens(tokenizer)[1]) if over and rows.kind != "instruction" else 0
+    return _joined([_cut(text, window, behind) for text in texts], n_cut=len({text.row for text in over}))
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -139,18 +140,23 @@ def _pieces(body: list[int], before: list[int], behind: list[int], window: int, 
         yield _Text(ids, learned, row)
 
 
-def _joined(texts: list[_Text], window: int, *, n_cut: int) -> Encoded:
-    """All texts end to end, each without what lies behind the window."""
-    lengths = [min(len(text.ids), window) for text in texts]
+def _cut(text: _Text, window: int, n_behind: int) -> _Text:
+    """The text without the end that is too long, but with the special tokens behind it."""
+    if len(text.ids) <= window:
+        return text
+    kept = np.r_[0 : window - n_behind, len(text.ids) - n_behind : len(text.ids)]
+    types = None if text.types is None else text.types[kept]
+    return _Text(text.ids[kept], text.learned[kept], text.row, types)
+
+
+def _joined(texts: list[_Text], *, n_cut: int) -> Encoded:
+    """All texts end to end."""
     paired = any(text.types is not None for text in texts)
-    types = [
-        np.zeros(n, np.int8) if text.types is None else text.types[:n]
-        for text, n in zip(texts, lengths, strict=True)
-    ]
+    types = [np.zeros(len(text.ids), np.int8) if text.types is None else text.types for text in texts]
     return Encoded(
-        ids_T=np.concatenate([text.ids[:window] for text in texts]),
-        learned_T=np.concatenate([text.learned[:window] for text in texts]),
-        bounds_S1=np.cumsum([0, *lengths], dtype=np.int64),
+        ids_T=np.concatenate([text.ids for text in texts]),
+        learned_T=np.concatenate([text.learned for text in texts]),
+        bounds_S1=np.cumsum([0, *(len(text.ids) for text in texts)], dtype=np.int64),
         row_S=np.array([text.row for text in texts], dtype=np.int64),
         types_T=np.concatenate(types) if paired else None,
         n_cut=n_cut,

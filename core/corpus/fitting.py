@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
     from core.models.loaded import LoadedModel
 
-TOLERANCE, TOLERANCE_16_BIT = 0.01, 0.1
-"""Largest relative difference (of norms) between a text's outputs in a packed row and alone. Rounding gives about
-1e-6 in float32; a text that sees its neighbour differs by its own size."""
+TOLERANCE, TOLERANCE_16_BIT = 0.01, 0.05
+"""Largest relative difference (of norms) between a text's outputs in a packed row and alone. SmolLM2 differs by 2e-7 in
+float32 and 4e-3 in bfloat16 from rounding alone, and by 0.22 where the text sees its neighbour."""
+AMONG = 64
+"""The row that is tried is the shortest of so many."""
 
 
 def fitted(data: TrainingData, loaded: LoadedModel) -> TrainingData:
@@ -55,15 +57,17 @@ def fitted(data: TrainingData, loaded: LoadedModel) -> TrainingData:
 
 
 def _strangers(data: TrainingData, shared: Ints, loaded: LoadedModel) -> bool:
-    """Whether each text of two rows gives in them what it gives alone.
+    """Whether each text of a short shared row gives in it what it gives alone.
 
-    The rows: of those with several texts the one with the longest, and the one with the longest text of all, so that
-    a lost sliding window shows too.
+    A mask takes the place of the model's own, so with one the row with the longest text is tried too: a lost sliding
+    window shows there only.
     """
     allowed = TOLERANCE if loaded.dtype == "float32" else TOLERANCE_16_BIT
-    lengths = np.diff(data.encoded.bounds_S1)
-    longest = [int(lengths[data.layout.texts(row)].max()) for row in range(data.n_rows)]
-    rows = [int(max(shared, key=longest.__getitem__)), int(np.argmax(longest))]
+    rows = [min(shared[-AMONG:].tolist(), key=data.length)]
+    if data.by_mask:
+        lengths = np.diff(data.encoded.bounds_S1)
+        first_of_row = data.layout.texts_S[data.layout.bounds_R1[:-1]]  # the longest of its row
+        rows.append(int(np.argmax(lengths[first_of_row])))
     batch = data.batch(rows).to(loaded.device)
     together_BPD = _outputs(batch, loaded)
     for b, row in enumerate(rows):

@@ -56,7 +56,8 @@ def _answer_spans(
         if message.role != "assistant":
             continue
         asked = _rendered(messages[:turn], tokenizer, where, opening=True)
-        answered = _rendered(messages[: turn + 1], tokenizer, where)
+        last = turn + 1 == len(messages)
+        answered = whole if last else _rendered(messages[: turn + 1], tokenizer, where)
         if not (answered.startswith(asked) and whole.startswith(answered)):
             raise BadInput(
                 f"{where}: the chat template writes the turns before answer {len(spans) + 1} differently once more "
