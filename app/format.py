@@ -26,7 +26,20 @@ _ACRONYMS = {
     "ce": "CE",
 }
 _UNITS = {"nats": "nats", "bits": "bits", "ms": "ms", "bytes": "bytes", "db": "dB"}
-_COUNTED = ("", "count", "tokens", "layers", "positions", "cells", "heads", "experts", "documents")
+_COUNTED = (
+    "",
+    "count",
+    "tokens",
+    "layers",
+    "positions",
+    "cells",
+    "heads",
+    "experts",
+    "documents",
+    "rows",
+    "classes",
+    "updates",
+)
 _SAID_BY_THE_NAME = ("share", "probability", "weight")
 _DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 

@@ -22,9 +22,17 @@ from core.scratch import PREFIX
 from core.types import Job
 
 NEUTRAL = "#8A93A6"
-IN_NATS = ("kl", "loss", "task", "jsd", "reverse_kl")
-"""Held-out measures that may share an axis with the training loss."""
+IN_NATS = ("kl", "task")
+"""Held-out measures in nats; the first there is shares the training loss' axis."""
+SHARES = ("accuracy", "top1_agreement")
+LABELS = {
+    "kl": "KL to teacher",
+    "task": "Loss of the task",
+    "accuracy": "Accuracy",
+    "top1_agreement": "Same top token",
+}
 FRAMES = ("curve", "held_out", "samples")
+NO_SAMPLES = pd.DataFrame(columns=["tokens", "prompt", "continuation"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +70,10 @@ def finished(variant_id: str, revision: int) -> Course | None:
     """The course that a made variant keeps; None where it was not trained."""
     detail = engine.variant_detail(variant_id, revision)
     kept = {name: run for run, name in reversed(detail.frames)}
-    if not set(FRAMES) <= set(kept):
+    if not {"curve", "held_out"} <= set(kept):
         return None
-    updates, held_out, samples = (engine.catalog().frame(kept[name], name) for name in FRAMES)
-    return Course(updates, held_out, samples)
+    frames = {name: engine.catalog().frame(kept[name], name) for name in FRAMES if name in kept}
+    return Course(frames["curve"], frames["held_out"], frames.get("samples", NO_SAMPLES))
 
 
 def _variant_id(job: Job) -> str | None:
@@ -90,24 +98,16 @@ def _variant_id(job: Job) -> str | None:
 def headlines(shown: Course) -> list[tuple[str, str, str]]:
     """The newest figures: label, value with unit, and what the figure is."""
     found = []
-    for measure in shown.held_out["measure"].drop_duplicates():
-        values = shown.held_out.loc[shown.held_out["measure"] == measure, "value"]
-        first, last = float(values.iloc[0]), float(values.iloc[-1])
+    for measure, values in shown.held_out.groupby("measure", sort=False)["value"]:
+        first, last = (said(str(measure), float(values.iloc[at])) for at in (0, -1))
         found.append(
-            (
-                f"{fmt.label(measure)}, held out",
-                fmt.number(last, unit_of(measure)),
-                f"{fmt.number(first, unit_of(measure))} before",
-            )
+            (f"{LABELS.get(str(measure), fmt.label(str(measure)))}, held out", last, f"{first} before")
         )
     if len(shown.updates):
         now = shown.updates.iloc[-1]
+        left = f"{fmt.seconds(shown.seconds_left)} left, " if shown.seconds_left else ""
         found += [
-            (
-                "Training loss",
-                fmt.number(float(now["loss"]), "nats"),
-                "per target, with all its parts weighted",
-            ),
+            ("Training loss", fmt.number(float(now["loss"]), "nats"), "per target, parts weighted"),
             (
                 "Gradient norm",
                 fmt.number(float(now["gradient_norm"])),
@@ -116,40 +116,44 @@ def headlines(shown: Course) -> list[tuple[str, str, str]]:
             (
                 "Pace",
                 fmt.number(float(now["tokens_per_s"]), "tokens/s"),
-                f"{fmt.count(float(now['tokens']))} tokens read",
+                f"{left}{fmt.count(float(now['tokens']))} read",
             ),
         ]
-    if shown.seconds_left is not None:
-        found.append(("Time left", fmt.seconds(shown.seconds_left), "at this pace, if no early stop"))
     return found
 
 
-def unit_of(measure: str) -> str:
-    """The unit of a held-out measure."""
-    return "nats" if measure in IN_NATS else ""
+def said(measure: str, value: float) -> str:
+    """A held-out measure's value with its unit."""
+    if measure in SHARES:
+        return f"{fmt.significant(value * 100)} %"
+    return fmt.number(value, "nats" if measure in IN_NATS else "")
 
 
 def loss_chart(shown: Course) -> Any:
-    """Training loss (line) and held-out measures in nats (points joined) over the tokens read."""
-    held = shown.held_out[shown.held_out["measure"].isin(IN_NATS)]
-    held = held.assign(series=held["measure"].map(fmt.label) + ", held out")
-    train = shown.updates.assign(series="Training loss", value=shown.updates.get("loss"))[
-        ["tokens", "value", "series"]
-    ]
+    """The training loss, and what it is to bring down on held-out rows: KL to the teacher, or the task's loss without one."""
+    measures = list(shown.held_out["measure"].drop_duplicates())
+    main = next((name for name in IN_NATS if name in measures), None)
+    held = shown.held_out[shown.held_out["measure"] == main]
+    held = held.assign(series=f"{LABELS.get(str(main), str(main))}, held out")
+    train = shown.updates.assign(series="Training loss", value=shown.updates["loss"])
     names = ["Training loss", *held["series"].drop_duplicates()]
     x = alt.X("tokens:Q", title="Training tokens read", axis=alt.Axis(format="~s", tickCount=6))
     y = alt.Y("value:Q", title="nats per target", scale=alt.Scale(zero=False))
-    colors = [NEUTRAL, SELECTED, "#3B5BDB", "#2B8A3E", "#C2255C"][: len(names)]
     color = alt.Color(
-        "series:N", title=None, scale=alt.Scale(domain=names, range=colors), legend=alt.Legend(orient="top")
+        "series:N",
+        title=None,
+        scale=alt.Scale(domain=names, range=[NEUTRAL, SELECTED][: len(names)]),
+        legend=alt.Legend(orient="top"),
     )
     tooltip = [
-        "series:N",
-        alt.Tooltip("tokens:Q", format=",.0f"),
+        alt.Tooltip("series:N", title=" "),
+        alt.Tooltip("tokens:Q", title="Tokens", format=",.0f"),
         alt.Tooltip("value:Q", title="nats", format=".4f"),
     ]
     return alt.layer(
-        alt.Chart(train).mark_line(strokeWidth=1.2).encode(x=x, y=y, color=color, tooltip=tooltip),
+        alt.Chart(train[["tokens", "value", "series"]])
+        .mark_line(strokeWidth=1.2)
+        .encode(x=x, y=y, color=color, tooltip=tooltip),
         alt.Chart(held)
         .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=40))
         .encode(x=x, y=y, color=color, tooltip=tooltip),

@@ -18,8 +18,8 @@ from core.registry import Method
 FULL, INPUT_ONLY, HEAD_ONLY = 3.0, 2.0, 1.1
 """A training pass in forward passes: with gradients of weights and inputs, of inputs alone, of the last matrix."""
 PASSES = {"lora": INPUT_ONLY, "dora": INPUT_ONLY, "norms": INPUT_ONLY, "head": HEAD_ONLY}
-MASTER_BYTES = 16
-"""Of a trained number: itself, its gradient and AdamW's two moments, in float32."""
+MASTER_BYTES = 24
+"""Of a trained number in float32: itself, its gradient, AdamW's two moments, the best so far, and what it was."""
 
 
 @dataclass(frozen=True)

@@ -102,13 +102,12 @@ def job_card(job: Job, *, prefix: str, narrow: bool = False) -> None:
     with st.container(key=f"{prefix}_{job.id}", gap="xsmall"):
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
             st.markdown(f"**{esc(title(job))}**", width="stretch")
-            if job.attempt > 1:
-                st.caption(f"attempt {job.attempt}", width="content")
-            st.markdown(f":{COLORS[job.state]}-badge[{job.state}]", width="content")
+            again = f", attempt {job.attempt}" if job.attempt > 1 else ""
+            st.markdown(f":{COLORS[job.state]}-badge[{job.state}{again}]", width="content")
             job_action(job, prefix=prefix)
         if job.state in (*ACTIVE, "paused"):
             st.progress(fraction(job), text=esc(progress_text(job, now)))
-            course = running(job)
+            course = None if job.state == "queued" else running(job)
             if course is not None:
                 loss_curve(course, key=f"{prefix}_{job.id}", narrow=narrow)
         elif job.error:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import streamlit as st
 
 from app.live_training import Course, headlines, loss_chart, small_chart
-from app.text import esc
+from app.text import esc, visible
 
-MOST_SAMPLES = 6
+MOST_SAMPLES = 3
 
 
 def loss_curve(shown: Course, *, key: str, narrow: bool = False) -> None:
@@ -37,10 +37,12 @@ def loss_curve(shown: Course, *, key: str, narrow: bool = False) -> None:
 
 
 def _samples(shown: Course, key: str) -> None:
-    """What it wrote at the latest measurements, newest first."""
+    """What it writes now, and what it wrote before it learned anything."""
     if shown.samples.empty:
         return
     with st.expander("What it writes", icon=":material/edit_note:", key=f"{key}_samples", expanded=True):
-        for _, row in shown.samples.iloc[::-1].head(MOST_SAMPLES).iterrows():
-            st.caption(f"After {row['tokens']:,.0f} tokens, given the text before the bar")
-            st.text(f"{row['prompt']} ❘ {row['continuation']}")
+        ends = shown.samples["tokens"].drop_duplicates().iloc[[0, -1]].drop_duplicates().iloc[::-1]
+        for tokens in ends:
+            st.caption(f"After {tokens:,.0f} tokens: the text it was given ❘ how it went on")
+            for _, row in shown.samples[shown.samples["tokens"] == tokens].head(MOST_SAMPLES).iterrows():
+                st.text(f"{visible(row['prompt'])} ❘ {visible(row['continuation'])}")

@@ -37,8 +37,10 @@ def run(
     scratch: Path | None,
     settings: DistilSettings,
 ) -> Result:
-    """Train this model until it says of every next token, or of every text's class, what its teacher says: what a cut or
-    a coarse grid took comes back, as far as the parameters that are left allow. An encoder learns its teacher's cosines.
+    """Train this model until it says of every next token, or of every text's class, what its teacher says.
+
+    What a cut or a coarse grid took comes back, as far as the parameters that are left allow. An encoder learns its
+    teacher's cosines.
 
     Minimised is kd_weight · T² · divergence(teacher, student) + task_weight · cross entropy + losses on what goes on
     inside, by AdamW. Put it behind the steps that make the student (drop_layers, prune_width, own_student, gptq, densify),

@@ -33,8 +33,7 @@ def run(
     scratch: Path | None,
     settings: FineTuneSettings,
 ) -> Result:
-    """Train this model on rows of your own: text to go on with, conversations to answer, texts to classify, or pairs to
-    compare.
+    """Train this model on your own rows: text to go on with, answers to give, texts to classify, pairs to compare.
 
     Minimised by AdamW is the cross entropy of the next token (of answers only, where rows are conversations), or of the
     label: the model gets a new head of these classes where it has none, and is then a base of its own. Of scored pairs,
