@@ -116,13 +116,12 @@ def library() -> tuple[str, ...]:
     ``prose``, loses that paragraph.
     """
     seen: set[bytes] = set()
-    modules = sorted(_modules(), key=lambda module: digest(module[0]))
     for domain in ("python", "prose"):
         for file in _files(domain):
             if _split_of(file.name) != "train":
                 seen |= long_paragraphs(file.read())
     found = []
-    for name, path in modules:
+    for name, path in sorted(_modules(), key=lambda module: digest(module[0])):
         if part(name) == "train":
             text = path.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n")
             long = long_paragraphs(text)
