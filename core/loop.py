@@ -136,12 +136,12 @@ def make_variant(
     loaded = opened(catalog, model, progress=part_of(progress, 0.0, 0.15))
     parent = entry_of(catalog, loaded)
     id_ = recipe.variant_id(loaded.fingerprint)
-    known = _proven(catalog, id_)
+    known = already_made(catalog, id_)
     if known is not None:
         return known
     text = recipe.calibration
     documents = None if text is None else load_documents(text, split="calibration")
-    references = _references(catalog, model, parent, recipe)
+    references = second_models(catalog, model, parent, recipe)
     teachers = [entry_of(catalog, reference) for reference in references.values()]
     task = task_of(loaded)
     started = datetime.now(UTC)
@@ -272,7 +272,7 @@ def compare(
 # --- parts --------------------------------------------------------------------------------------------
 
 
-def _proven(catalog: Catalog, id_: str) -> Made | None:
+def already_made(catalog: Catalog, id_: str) -> Made | None:
     """A variant that was already made and proven, made visible again; None if there is none."""
     with suppress(BadInput):
         known = catalog.variant(id_)
@@ -282,7 +282,7 @@ def _proven(catalog: Catalog, id_: str) -> Made | None:
     return None
 
 
-def _references(catalog: Catalog, model: str, parent: Variant, recipe: Recipe) -> dict[int, LoadedModel]:
+def second_models(catalog: Catalog, model: str, parent: Variant, recipe: Recipe) -> dict[int, LoadedModel]:
     """The second model of each step that looks at one, by the step's number; each model is opened once."""
     from core.compress._references import references_of
 

@@ -56,20 +56,19 @@ def compress(
     ``OutOfMemory`` with the amount needed, ``ProofFailed`` (after removing ``folder``) where the files do not reload to
     the model that was saved.
     """
-    share = 0.5 / len(recipe.steps)
     if references is None and (wanted := references_of(recipe)):
         start = open_model(replace(loaded.ref, source=str(loaded.folder), revision=None))
         references = dict.fromkeys(wanted, start)
     needed = refuse_without_room(loaded, recipe, folder)
     with loaded.lock, torch.inference_mode(), amount_told(loaded, recipe, needed):
-        results = [
-            _step(
-                loaded, step, calibration, (references or {}).get(index), part_of(progress, index * share, (index + 1) * share),
-                None if scratch is None else scratch / f"step_{index}",
-            )
-            for index, step in enumerate(recipe.steps)
-        ]  # fmt: skip
-        settle(loaded)
+        results = apply_steps(
+            loaded,
+            recipe,
+            calibration,
+            part_of(progress, 0.0, 0.5),
+            references=references or {},
+            scratch=scratch,
+        )
         frame = _whole_recipe([result.frame for result in results])
         progress(0.5, 1.0, "running the probe before saving")
         expected = expect(loaded)
@@ -90,6 +89,30 @@ def compress(
             raise
     progress(1.0, 1.0, "proved")
     return Compressed(_combined(results, frame, saved), saved, proof)
+
+
+def apply_steps(
+    loaded: LoadedModel,
+    recipe: Recipe,
+    calibration: Documents | None,
+    progress: Progress,
+    *,
+    references: Mapping[int, LoadedModel],
+    scratch: Path | None,
+) -> list[Result]:
+    """Apply every step to ``loaded``, and write nothing but what steps keep in ``scratch``. Hold ``loaded.lock``."""
+    share = 1 / len(recipe.steps)
+    with torch.inference_mode():
+        results = [
+            _step(
+                loaded, step, calibration, references.get(index),
+                part_of(progress, index * share, (index + 1) * share),
+                None if scratch is None else scratch / f"step_{index}",
+            )
+            for index, step in enumerate(recipe.steps)
+        ]  # fmt: skip
+        settle(loaded)
+    return results
 
 
 def _step(

@@ -7,7 +7,10 @@ model, and one process gives what several give up to the order of a float32 sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from core.lazy import torch
@@ -22,7 +25,7 @@ class Processes:
     def __init__(self) -> None:
         from accelerate import PartialState
 
-        self._state = PartialState(cpu=not torch.cuda.is_available())
+        self._state = PartialState(cpu=not torch.cuda.is_available(), **_patience())
         self.rank: int = self._state.process_index
         self.n: int = self._state.num_processes
 
@@ -46,6 +49,18 @@ class Processes:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
+    def agree(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the first one's values."""
+        if self.n > 1:
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, src=0)
+
+    @contextmanager
+    def first_goes_first(self) -> Iterator[None]:
+        """The block in the first process, then in all others, which find what it left on disk."""
+        with self._state.main_process_first():
+            yield
+
     def sums(self, values: Sequence[float]) -> list[float]:
         """Each number's sum over all processes."""
         if self.n == 1:
@@ -65,3 +80,8 @@ class Processes:
     def wait(self) -> None:
         """Until all have come here."""
         self._state.wait_for_everyone()
+
+
+def _patience() -> dict[str, Any]:
+    """Others may wait for hours while the first reads a corpus with the teacher; a process that dies ends them all."""
+    return {"timeout": timedelta(days=7)} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}

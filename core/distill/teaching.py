@@ -19,6 +19,7 @@ from core.distill.losses.named import named
 from core.distill.material import Material
 from core.distill.objective import Objective
 from core.distill.on_policy import OnPolicy
+from core.distill.processes import Processes
 from core.distill.settings import DistilSettings
 from core.distill.students import shared_vocabulary
 from core.distill.teacher_cache import TeacherCache, build
@@ -103,10 +104,11 @@ def _teacher(
         return live, ("The teacher ran at every update, over the whole vocabulary.",)
     if not settings.kd_weight:
         return None, ("No loss against the teacher: this is plain training, the control.",)
-    kept: TeacherCache = build(
-        live, read.training, top_k=settings.top_k, temperature=settings.temperature,
-        folder=cache_dir() / "teachers", progress=progress,
-    )  # fmt: skip
+    with Processes().first_goes_first():
+        kept: TeacherCache = build(
+            live, read.training, top_k=settings.top_k, temperature=settings.temperature,
+            folder=cache_dir() / "teachers", progress=progress,
+        )  # fmt: skip
     said = (
         f"The teacher read the training rows once: its {kept.key.top_k} likeliest tokens and the mass of all others are "
         f"kept for each target, {kept.bytes_per_token} bytes each, {kept.nbytes / 1e6:.1f} MB. The loss over them is a "

@@ -118,6 +118,8 @@ class _Loop:
     ) -> None:
         settings, training = job.settings, job.training
         self._job, self._settings, self._processes, self._sampler = job, settings, processes, sampler
+        processes.agree(value.data for value in weights.exact.values())
+        weights.follow()
         self._weights, self._optimizer = weights, Optimizer(weights, settings)
         self._rows = chosen_rows(job.held_out, max_tokens=settings.held_out_tokens)
         if not training.n_tokens or not self._rows:
@@ -283,8 +285,8 @@ def _checkpointed_activations(job: Job) -> Iterator[None]:
         yield
         return
     model = job.loaded.model
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
