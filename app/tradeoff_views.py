@@ -253,9 +253,11 @@ def error_by_layer(layers: pd.DataFrame) -> pd.DataFrame:
 
 def reproduce_python(variant: Variant, base: Variant, folder: str | None) -> str:
     """A few lines on public libraries only that load the variant's files as anyone would."""
-    auto = {"decoder": "AutoModelForCausalLM", "vision": "AutoModelForImageClassification"}.get(
-        variant.family, "AutoModel"
-    )
+    auto = {
+        "decoder": "AutoModelForCausalLM",
+        "vision": "AutoModelForImageClassification",
+        "classifier": "AutoModelForSequenceClassification",
+    }.get(variant.family, "AutoModel")
     return "\n".join(
         [
             "import torch",

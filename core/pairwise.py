@@ -33,7 +33,7 @@ def pairwise(catalog: Catalog, variants: Sequence[str], *, seed: int = 0) -> pd.
     answers = {id_: _answers(catalog, id_) for id_ in dict.fromkeys(variants)}
     rows = []
     for a, b in combinations(answers, 2):
-        both = answers[a].join(answers[b], how="inner", lsuffix="_a", rsuffix="_b")
+        both = answers[a].add_suffix("_a").join(answers[b].add_suffix("_b"), how="inner")
         names = catalog.variant(a).name, catalog.variant(b).name
         if both.empty:
             raise BadInput(

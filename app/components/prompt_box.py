@@ -43,7 +43,7 @@ def prompt_box(family: Family, on_change: Callable[[], None], *, read: bool) -> 
         disabled=not read,
         help=None if read else "Not read: with these settings the probe looks at other text",
     )
-    if family != "encoder":
+    if family not in ("encoder", "classifier"):
         return Prompt(text)
     second = st.text_input(
         "Second text (optional)",

@@ -115,7 +115,7 @@ def as_runtime(model: Any) -> Runtime:
 def compare(loaded: LoadedModel, runtime: Runtime) -> Parity:
     """Run the model and its export on the same inputs of two lengths."""
     # Only logits are a distribution, of which a KL means something.
-    names_tokens = loaded.anatomy.unembedding is not None
+    names_tokens = loaded.anatomy.unembedding is not None or loaded.family == "classifier"
     rows = []
     for given in probe_inputs(loaded):
         expected = output_of(loaded.model, given)

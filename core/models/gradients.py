@@ -114,7 +114,7 @@ def _few_positions(loaded: LoadedModel) -> tuple[Tensor, dict[str, Any]]:
     ids = torch.arange(1, POSITIONS + 1, device=model.device)[None]
     start = model.get_submodule(loaded.anatomy.embedding)(ids).detach().clone().requires_grad_()
     arguments = {"inputs_embeds": start, "use_cache": False}
-    if loaded.family == "encoder":
+    if not loaded.anatomy.causal:
         del arguments["use_cache"]
     return start, arguments
 

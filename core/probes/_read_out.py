@@ -38,7 +38,8 @@ class ReadOut:
         """The number, from what the model put out; also says in ``explained`` what it is."""
         if self.loaded.family == "encoder" and self.loaded.anatomy.unembedding is None:
             return self._similarity(output.last_hidden_state[0], target, distractor)
-        logits_V = output.logits[0] if self.loaded.family == "vision" else self._at_position(output.logits[0])
+        whole = self.loaded.family in ("vision", "classifier")  # one answer, whatever position is asked
+        logits_V = output.logits[0] if whole else self._at_position(output.logits[0])
         logits_V = logits_V.float()
         if not logits_V.isfinite().all():
             raise SlimscopeError("the logits are not finite (NaN or infinity); open the model in float32")

@@ -72,9 +72,9 @@ def read_texts(
 def residual_vectors(loaded: LoadedModel, batch: Sequence[Encoded], position: Position) -> Tensor:
     """Residuals [S, B, D] in float32 on the CPU, of texts with equally many tokens."""
     inputs = {name: torch.cat([one.inputs[name] for one in batch]) for name in batch[0].inputs}
-    weights_BP = torch.stack(
-        [_weights(one, position, causal=loaded.family == "decoder") for one in batch]
-    ).to(loaded.device)
+    weights_BP = torch.stack([_weights(one, position, causal=loaded.anatomy.causal) for one in batch]).to(
+        loaded.device
+    )
 
     def reduce(path: str, stream_BPD: Tensor) -> Tensor:
         return torch.einsum("bp,bpd->bd", weights_BP, stream_BPD.float()).cpu()

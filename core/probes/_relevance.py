@@ -67,8 +67,10 @@ def _reading_point(loaded: LoadedModel, encoded: Input) -> int | None:
     """The position a model answers from: None for the mean of all."""
     if isinstance(encoded, EncodedImage):
         return 0
-    if loaded.family == "decoder":
+    if loaded.anatomy.causal:
         return encoded.n_tokens - 1
+    if loaded.anatomy.pooler is not None:
+        return 0  # a classifier's pooler reads the first position
     if loaded.anatomy.unembedding is not None:
         assert loaded.tokenizer is not None
         masks = [n for n, id_ in enumerate(encoded.ids) if id_ == loaded.tokenizer.mask_token_id]
@@ -152,7 +154,7 @@ def images(encoded: Input) -> dict[str, bytes]:
 def notes(loaded: LoadedModel, encoded: Input) -> tuple[str, ...]:
     """What a reader must know of the input."""
     if not isinstance(encoded, EncodedImage):
-        return (_SINK,) if loaded.family == "decoder" else ()
+        return (_SINK,) if loaded.anatomy.causal else ()
     grid = encoded.grid
     more = "This model's classifier also reads the mean of all patches; the map is of the class token's part only."
     return (

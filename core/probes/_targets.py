@@ -31,7 +31,7 @@ def resolve_token(
 ) -> Token:
     """The one token that reads as ``text``; for empty text the top prediction of ``logits_V``.
 
-    For an image classifier the class of that name or number. ``role`` is the setting's name in messages. Raises
+    For a classifier the class of that name or number. ``role`` is the setting's name in messages. Raises
     ``BadInput`` for empty text without logits, for text of more than one token (naming the pieces), and for text
     outside the vocabulary.
     """
@@ -39,7 +39,7 @@ def resolve_token(
         if logits_V is None:
             raise NeedsInput(f"no {role} was given; type one token, e.g. ' Paris' with its leading space")
         return named(loaded, int(logits_V.argmax()))
-    if loaded.tokenizer is None:
+    if loaded.family in ("vision", "classifier"):
         return _class_label(loaded, text, role)
     id_ = _id_of(loaded, text, role)
     return Token(id_, token_texts(loaded.tokenizer, [id_])[0])
@@ -69,7 +69,7 @@ def resolve_position(position: int, n_tokens: int) -> int:
 
 def named(loaded: LoadedModel, id_: int) -> Token:
     """A row of the unembedding as a ``Token``."""
-    if loaded.tokenizer is None:
+    if loaded.family in ("vision", "classifier"):
         return Token(id_, str(loaded.model.config.id2label.get(id_, id_)))
     return Token(id_, token_texts(loaded.tokenizer, [id_])[0])
 

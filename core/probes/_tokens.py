@@ -55,7 +55,7 @@ def encode(loaded: LoadedModel, prompt: Prompt) -> Encoded:
         )
     if not prompt.text.strip():
         raise NeedsInput("the prompt is empty; type at least one word")
-    if prompt.second is not None and loaded.family != "encoder":
+    if prompt.second is not None and loaded.family not in ("encoder", "classifier"):
         raise BadInput(
             f"a second text only makes sense for an encoder; {loaded.ref} is a {loaded.family}: put both in one prompt"
         )

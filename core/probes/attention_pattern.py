@@ -143,7 +143,7 @@ def _look(loaded: LoadedModel, encoded: Encoded, settings: AttentionPatternSetti
     """One forward pass; each layer's values, then its pattern, are reduced as they appear."""
     anatomy = loaded.anatomy
     blocks = anatomy.blocks
-    seen = _Seen(PatternScorer(encoded.ids, causal=anatomy.family == "decoder", device=loaded.device))
+    seen = _Seen(PatternScorer(encoded.ids, causal=anatomy.causal, device=loaded.device))
     chosen = blocks[settings.layer]
     # A fused projection is q, k and v in one module, hooked once.
     of_value = {block.v: block for block in blocks}

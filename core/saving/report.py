@@ -36,7 +36,7 @@ class Error:
     """How far a weight is from what it was, over the whole tensor."""
 
     relative: float
-    """‖Ŵ - W‖ / ‖W‖."""
+    """‖Ŵ - W‖ / ‖W‖; NaN where W was zeros, as a new head's bias is."""
     sqnr_db: float | None
     """10 · log10(‖W‖² / ‖Ŵ - W‖²); None where there is no noise or no signal to compare."""
 
@@ -47,6 +47,8 @@ class Error:
         noise = float((after.float() - before.float()).norm())
         if noise == 0:
             return cls(0.0, None)
+        if signal == 0:
+            return cls(math.nan, None)
         return cls(noise / signal, 20 * math.log10(signal / noise))
 
 

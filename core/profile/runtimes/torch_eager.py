@@ -132,7 +132,8 @@ class TorchEager:
         self._generates = "CausalLM" in architecture or architecture.endswith("LMHeadModel")
         if self._settings.kv_cache != "model" and not self._generates:
             raise CannotMeasure(f"{architecture} keeps no keys and values; set kv_cache=model")
-        self._names_pictures = architecture.endswith("ForImageClassification")
+        ends = ("ForImageClassification", "ForSequenceClassification")
+        self._classifies = next((end for end in ends if architecture.endswith(end)), "")
         if self._is_float32():
             choose_path(self._settings.fp32_path)  # its parity check is not load time either
         if getattr(text, "vocab_size", None) is None:
@@ -152,7 +153,7 @@ class TorchEager:
             n_experts = max(getattr(text, name, None) or 0 for name in EXPERT_COUNTS)
             path = fast_fp32(self._settings.fp32_path, n_experts=n_experts)
             self._fp32 = self._globals.enter_context(path)
-        kind = "ForCausalLM" if self._generates else "ForImageClassification" if self._names_pictures else ""
+        kind = "ForCausalLM" if self._generates else self._classifies
         auto = getattr(transformers, f"AutoModel{kind}")
         dtype = "auto" if self._settings.dtype == "stored" else self._settings.dtype
         try:
