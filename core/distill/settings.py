@@ -40,8 +40,8 @@ class TrainingSettings(Settings):
         default=1_000_000,
         ge=256,
         le=10_000_000_000,
-        description="Training tokens that are read, padding not counted; it ends with this or with epochs, whichever "
-        "comes first",
+        description="Training tokens that are read, padding not counted, the last update whole; it ends with this or "
+        "with epochs, whichever comes first",
     )
     epochs: int = Field(default=10, ge=1, le=1000, description="Times every row is read, at most")
     window: int = Field(
