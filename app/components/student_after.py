@@ -21,7 +21,7 @@ from core.types import Variant
 TWIN_VIEWS = (
     ("layer_alignment", "Which layer became which", "align_items_stretch"),
     ("matched_heads", "Heads matched", "join_inner"),
-    ("student_drops", "What it dropped", "difference"),
+    ("lost_tokens", "What it dropped", "difference"),
     ("compression_drift", "Where it drifts", "trending_down"),
 )
 """Probes of two models that show a student beside its teacher, with their links' titles and icons."""

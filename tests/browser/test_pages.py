@@ -26,7 +26,7 @@ def test_first_page_and_navigation(page, server):
     page.goto(server.url)
     ready(page)
     expect(page.get_by_role("heading", name="What do you want to look at?")).to_be_visible()
-    for name in ("Home", "Model", "Formats", "Inspect", "Compress", "Trade-offs", "Jobs"):
+    for name in ("Home", "Model", "Formats", "Inspect", "Compress", "Distil", "Trade-offs", "Jobs"):
         expect(page.get_by_role("link", name=name, exact=True)).to_be_visible()
 
 
