@@ -166,6 +166,14 @@ def test_an_encoder_goes_round_the_loop_too(ask, tmp_path):
     assert 0.9 < measured["cosine_agreement"] < 1
 
 
+def test_distil_says_its_recipe_and_data_what_it_holds(ask, model):
+    recipe = ask("distil", model, "--layers", "2", "--data", "pydoc", "--set", "max_tokens=512", "--dry-run")
+    cut, training = recipe["steps"]
+    assert (cut["method"], cut["settings"]["count"]) == ("drop_layers", 1)
+    assert (training["method"], training["settings"]["max_tokens"]) == ("distil", 512)
+    assert ask("data", "pydoc", "--model", model)["frames"]["lengths"]
+
+
 def test_compare_of_an_empty_catalog_is_an_empty_list(ask, tmp_path):
     assert ask("compare", "--catalog", str(tmp_path / "other.sqlite")) == []
 
@@ -193,6 +201,8 @@ def test_doctor_finds_no_problem_here(ask):
         (("compare", "--base", "nobody"), "no base 'nobody'"),
         (("jobs", "cancel", "nobody"), "nobody"),
         (("jobs", "cancel"), "needs a job id"),
+        (("distil", "demo:smollm2", "--template", "third"), "half, two_thirds"),
+        (("data", "no-such-rows"), "no-such-rows"),
         (("open", "demo:smollm2", "--catalog", "mysql+nothing://x"), "mysql"),
     ],
 )
