@@ -12,7 +12,7 @@ from typing import Any
 
 from core.errors import BadInput
 from core.recipe import Recipe
-from core.registry import Need, get
+from core.registry import get
 
 Steps = list[tuple[str, dict[str, Any]]]
 LOW_BITS = {"group_size": "32", "scheme": "symmetric"}
@@ -27,8 +27,6 @@ class Template:
     title: str
     sentence: str
     steps: Callable[[int], Steps]
-    needs: frozenset[Need] = frozenset()
-    """Beyond what its steps need."""
 
     def recipe(self, n_layers: int, training: Mapping[str, Any] | None = None) -> Recipe:
         """The whole recipe, defaults filled in; ``training`` overrides settings of the last step."""
@@ -126,8 +124,8 @@ TEMPLATES = (
     ),
     Template(
         "two_thirds",
-        "Two thirds of the layers",
-        "A milder cut: less is lost before training, less is won after it.",
+        "Two thirds",
+        "Two of three layers: less is lost before training, less is won after it.",
         _shallow(2 / 3),
     ),
     Template(
@@ -150,7 +148,6 @@ TEMPLATES = (
         "Experts to dense",
         "The best experts side by side, no router; training makes up for the routing.",
         lambda _: [("densify", {}), ("distil", {})],
-        frozenset({"moe"}),
     ),
     Template(
         "task",

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import streamlit as st
 
 from app import format as fmt
-from app.distil_templates import Template
 from app.distil_views import student_of, work_share
 from app.text import esc
 from app.training_views import training_of
 from core.models.sizes import ModelCard
 from core.recipe import Recipe
+from core.student_recipes import Template
 
 
 def recipe_templates(
@@ -21,7 +21,7 @@ def recipe_templates(
     """Draw a card per template; ``on_choose`` is called with the recipe of the one that is clicked."""
     cards = st.grid(min(6, len(offered)), min_column_width=150)
     for template in offered:
-        recipe = template.recipe(card)
+        recipe = template.recipe(card.anatomy.n_layers)
         with cards.container(border=True, height="stretch", key=f"template_{template.id}", gap="xsmall"):
             st.header(template.title, anchor=False)
             st.markdown(f":gray[{template.sentence}]")
