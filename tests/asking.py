@@ -22,9 +22,8 @@ def ask(m: Method, loaded: LoadedModel, variant: Callable[[], LoadedModel]) -> R
         given = {"checkpoints": str(loaded.folder)}
     elif m.id == "calibration_report":  # its defaults read a whole text, which the walk would do twenty times
         given = {"text": "domain:dates", "samples": "8", "sample_tokens": "32", "read_tokens": "128"}
-    elif {"documents", "tokens"} <= set(
-        m.settings.model_fields
-    ):  # what student and teacher are read side by side on
+    elif m.takes_reference and {"documents", "tokens"} <= set(m.settings.model_fields):
+        # what student and teacher are read side by side on
         given = {"documents": "4", "tokens": "16"}
     settings = m.parse_text(given)
     models = (variant(), loaded) if m.takes_reference else (loaded,)
