@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from core.catalog.store import Catalog
+from core.corpus.sources import open_rows
+from core.corpus.splits import split
 from core.errors import BadInput
 from core.loop import compare, evaluate_variant, make_variant
 from core.pairwise import pairwise
@@ -62,7 +64,8 @@ def test_a_task_student_is_held_against_its_teacher(catalog: Catalog, labelled: 
     assert rows.loc[teacher.id, "accuracy"] > 0.9
     assert rows.loc[student.id, "kl"] > 0 == rows.loc[teacher.id, "kl"]
     found = pairwise(catalog, [teacher.id, student.id]).iloc[0]
-    assert 20 < found["n"] < 60
+    held_out = split(open_rows(str(labelled)), held_out=0.3, seed=0)[1]
+    assert found["n"] == len(held_out)
     assert found["accuracy_a"] == rows.loc[teacher.id, "accuracy"]
     assert found["accuracy_b"] - found["accuracy_a"] == pytest.approx(
         (found["only_b"] - found["only_a"]) / found["n"]
