@@ -192,32 +192,37 @@ def _write_shard(
     from safetensors.torch import save_file
 
     counts: list[int] = []
-    kept: list[TopK] = []
+    # Filled in place: small tensors kept one by one would lie between large ones that are freed, and pin their memory.
+    room, at = sum(data.length(row) for row in shard), 0
+    ids_NK = torch.empty(room, key.top_k, dtype=key.id_dtype)
+    log_p_NK = torch.empty(room, key.top_k, dtype=torch.float16)
+    log_tail_N = torch.empty(room, dtype=torch.float16)
     size = max(1, READ_TOKENS // data.window)
     for first in range(shard.start, shard.stop, size):
         progress(first / data.n_rows * data.n_targets, data.n_targets, "the teacher reads the training data")
         batch = data.batch(range(first, min(first + size, shard.stop)))
         counts += _targets_by_row(batch)
-        kept += _keep(teacher, batch, key)
+        for rows in _kept(teacher, batch, key):
+            part = slice(at, at + len(rows))
+            ids_NK[part], log_p_NK[part], log_tail_N[part] = rows.ids_NK, rows.log_p_NK, rows.log_tail_N
+            at = part.stop
     tensors = {
         "targets_R": torch.tensor(counts, dtype=torch.int32),
-        "ids_NK": torch.cat([rows.ids_NK for rows in kept]).to(key.id_dtype),
-        "log_p_NK": torch.cat([rows.log_p_NK for rows in kept]).to(torch.float16),
-        "log_tail_N": torch.cat([rows.log_tail_N for rows in kept]).to(torch.float16),
-    }
-    part = place / f".{_shard_name(number)}.{os.getpid()}.part"
+        "ids_NK": ids_NK[:at], "log_p_NK": log_p_NK[:at], "log_tail_N": log_tail_N[:at],
+    }  # fmt: skip
+    file = place / f".{_shard_name(number)}.{os.getpid()}.part"
     try:
-        save_file(tensors, part)
-        with part.open("rb") as stream:
+        save_file(tensors, file)
+        with file.open("rb") as stream:
             os.fsync(stream.fileno())
-        part.replace(place / _shard_name(number))
+        file.replace(place / _shard_name(number))
     except Exception as error:  # safetensors has an error of its own for what the disk refuses
         raise CannotCompress(
             f"the teacher's rows could not be written to {place.parent} ({error}); the shards before are kept: free some "
             "space and start again, or choose a smaller top_k"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
 
 
 def _targets_by_row(batch: Batch) -> list[int]:
@@ -227,7 +232,7 @@ def _targets_by_row(batch: Batch) -> list[int]:
     return counts
 
 
-def _keep(teacher: LiveTeacher, batch: Batch, key: CacheKey) -> Iterator[TopK]:
+def _kept(teacher: LiveTeacher, batch: Batch, key: CacheKey) -> Iterator[TopK]:
     """The batch's rows in parts, on the CPU."""
     unread = teacher.rows(batch)
     for start, stop in blocks(len(unread), key.vocabulary, 4, LOGIT_BYTES):
