@@ -37,7 +37,7 @@ from core.corpus.splits import split
 from core.errors import BadInput
 from core.evaluate._paired import Paired, compare
 from core.loop import evaluate_variant, make_variant, opened, register
-from core.models.classify import class_logits
+from core.models.classify import class_logits, token_ids
 from core.output import terminal_progress
 from core.recipe import Recipe
 from core.registry import get
@@ -242,7 +242,8 @@ def _latency(bench: Bench, rows: Mapping[str, Variant], texts: Rows) -> dict[str
         for text in some:
             for label, model in models.items():
                 began = time.perf_counter()
-                class_logits(model, [text], max_tokens=128)
+                inputs, _ = token_ids(model, [text], None, max_tokens=128)
+                class_logits(model, inputs)
                 found[label].append(1000 * (time.perf_counter() - began))
     return {label: statistics.median(values[len(some) :]) for label, values in found.items()}
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from core.models.anatomy import Anatomy
 
 Kind = Literal["probe", "train", "compress", "evaluate", "profile", "export"]
-Need = Literal["decoder", "encoder", "vision", "classifier", "text", "heads", "moe", "dense", "calibration", "cuda"]
+Need = Literal[
+    "decoder", "encoder", "vision", "classifier", "text", "heads", "moe", "dense", "calibration", "cuda"
+]
 Question = Literal[
     "What did it compute?",
     "Why this token?",

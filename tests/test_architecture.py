@@ -95,7 +95,17 @@ def test_dependencies_point_one_way(layer: str):
         )
 
 
-BELOW_COMPRESS = ("numerics", "models", "routing", "calibrate", "saving", "quantize", "reshape", "distill", "budget")
+BELOW_COMPRESS = (
+    "numerics",
+    "models",
+    "routing",
+    "calibrate",
+    "saving",
+    "quantize",
+    "reshape",
+    "distill",
+    "budget",
+)
 """In the order in which they may import each other, the later the earlier; ``core.compress`` may import all."""
 
 

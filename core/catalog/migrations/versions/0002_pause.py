@@ -10,5 +10,7 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    asked: sa.Column[bool] = sa.Column("pause_requested", sa.Boolean(), nullable=False, server_default=sa.false())
+    asked: sa.Column[bool] = sa.Column(
+        "pause_requested", sa.Boolean(), nullable=False, server_default=sa.false()
+    )
     op.add_column("job", asked)
