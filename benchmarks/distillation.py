@@ -257,7 +257,7 @@ def students(bench: Bench) -> None:
     n_layers = opened(bench.catalog, DECODER).anatomy.n_layers
     learning = _learning(bench, bench.effort.tokens)
     rows = {"SmolLM2": base}
-    for layers in bench.arguments.layers:
+    for layers in bench.arguments.layers[: 1 if bench.arguments.quick else None]:
         cut = ("drop_layers", dropping(n_layers, layers))
         rows[f"{layers} layers, no training"] = bench.made(DECODER, cut)
         plain = {**learning, "kd_weight": 0.0, "task_weight": 1.0}
@@ -278,7 +278,7 @@ def students(bench: Bench) -> None:
 def recovery(bench: Bench) -> None:
     """SmolLM2 at few bits, before and after its scales and norms, or low-rank updates, learned from the original."""
     rows = {}
-    for bits in (3, 2):
+    for bits in (3,) if bench.arguments.quick else (3, 2):
         grid = ("gptq", _sampled(bench, "gptq", {"bits": bits, **LOW_BITS}))
         rows[f"{bits} bits"] = bench.made(DECODER, grid)
         for moves, rate in (("scales_and_norms", 1e-3), ("lora", 2e-4)):
