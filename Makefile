@@ -8,7 +8,7 @@ VENV      := .venv
 BIN       := $(VENV)/bin
 PIP       := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 
-.PHONY: run setup test test-all check bench bench-inspect bench-moe bench-compress docs chromium clean
+.PHONY: run setup test test-all check bench bench-inspect bench-moe bench-compress bench-distil docs chromium clean
 .DEFAULT_GOAL := run
 
 run: setup                     ## open the dashboard on 127.0.0.1:$(PORT)
@@ -32,7 +32,7 @@ check: $(VENV)/.installed-dev  ## the quick half of `make test`: lint, types, te
 	$(BIN)/python -m pytest -q $(WORKERS) -m "not slow and not browser"
 
 bench: setup                   ## one table per benchmark; ratios in one run
-	@for script in $(filter-out benchmarks/peers.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(filter-out benchmarks/peers.py benchmarks/distillation%.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 bench-inspect: setup           ## looking inside: ratios on ten prompt pairs; 1 thread, so that CPU time compares on a busy machine
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/inspection.py --pairs 10 --threads 1
@@ -42,6 +42,10 @@ bench-moe: setup               ## mixture of experts: routing capture against a 
 
 bench-compress: setup          ## every method × bits, and what other libraries make of the same files; PEERS="python …" names their environments
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compression.py $(if $(PEERS),--peers $(PEERS))
+
+bench-distil: setup            ## students beside their controls; DATA=folder of labelled files, QUICK=1, WORK=folder to go on in, PEER=python with TRL
+	$(BIN)/python benchmarks/distillation.py $(if $(QUICK),--quick) $(if $(DATA),--data $(DATA)) $(if $(WORK),--work $(WORK))
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/distillation_speed.py $(if $(QUICK),--updates 2 --rows 2 --micro 2 --rounds 1) $(if $(PEER),--peer $(PEER))
 
 docs: $(VENV)/.installed-dev   ## rewrite the method table in README.md from the registry
 	$(BIN)/python scripts/method_table.py
