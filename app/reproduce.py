@@ -22,7 +22,7 @@ SCRIPTS = Path(__file__).parent / "scripts"
 _OWN_ENGINE = '''"""{title}, through Slimscope's own engine."""
 from core.calling import run_probe
 from core.catalog.store import Catalog
-from core.loop import opened
+from core.entries import opened
 from core.registry import get
 from core.types import Prompt, silent
 

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 
 from core.catalog.store import Catalog
-from core.loop import evaluate_variant, make_variant, opened, register
+from core.entries import opened
+from core.loop import evaluate_variant, make_variant, register
 from core.models.open import local_folder
 from core.recipe import Recipe
 from core.registry import methods

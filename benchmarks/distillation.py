@@ -34,9 +34,10 @@ from core.catalog.store import Catalog
 from core.corpus.rows import Rows
 from core.corpus.sources import open_rows
 from core.corpus.splits import split
+from core.entries import opened
 from core.errors import BadInput
 from core.evaluate._paired import Paired, compare
-from core.loop import evaluate_variant, make_variant, opened, register
+from core.loop import evaluate_variant, make_variant, register
 from core.models.classify import class_logits, token_ids
 from core.output import terminal_progress
 from core.recipe import Recipe

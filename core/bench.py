@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.calling import refuse_misfit, run_probe
-from core.loop import entry_of, opened
+from core.entries import entry_of, opened
 from core.recording import record
 from core.registry import Method, Settings, get
 from core.types import ModelRef, Progress, Prompt, Run, part_of, silent

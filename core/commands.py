@@ -27,7 +27,7 @@ COMPARE_SHOWN = [
 
 def open_command(args: argparse.Namespace) -> Any:
     """Open a model, verify its anatomy, print what it is."""
-    from core.loop import opened
+    from core.entries import opened
     from core.models.sizes import model_card
 
     return model_card(opened(_catalog(), args.model, progress=terminal_progress()))
@@ -46,7 +46,7 @@ def probe_command(args: argparse.Namespace) -> Any:
     """Look inside a model with one probe, or say what that would cost."""
     from core.bench import original_of
     from core.calling import refuse_misfit, run_probe
-    from core.loop import opened
+    from core.entries import opened
     from core.registry import get
 
     method = get("probe", args.method)
@@ -126,7 +126,7 @@ def plan_command(args: argparse.Namespace) -> Any:
 
 def sweep_command(args: argparse.Namespace) -> Any:
     """Make a variant for every combination of values of a method's settings, measure each, compare them."""
-    from core.loop import opened
+    from core.entries import opened
     from core.models.sizes import model_card
     from core.recipe import Recipe
     from core.sweep import Measuring, combinations, planned, run_sweep, values_of

@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.entries import entry_of, opened
 from core.errors import CannotExport
-from core.loop import entry_of, opened
 from core.output import plain
 from core.recording import record
 from core.registry import Settings, get

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.entries import opened, second_models
 from core.errors import SlimscopeError
-from core.loop import already_made, make_variant, opened, register, second_models
+from core.loop import already_made, make_variant, register
 from core.recipe import Recipe
 from core.types import ModelRef, Variant, silent
 

@@ -13,7 +13,8 @@ from core.output import terminal_progress
 def distil_command(args: argparse.Namespace) -> Any:
     """Make a student of a model and train it on what its teacher says."""
     from core.catalog.store import Catalog
-    from core.loop import make_variant, opened
+    from core.entries import opened
+    from core.loop import make_variant
     from core.models.sizes import model_card
     from core.registry import get
     from core.student_recipes import Shape, distilled, parsed_step, template_of
@@ -46,7 +47,7 @@ def data_command(args: argparse.Namespace) -> Any:
 
     from core.catalog.store import Catalog
     from core.corpus.preview import preview
-    from core.loop import opened
+    from core.entries import opened
     from core.text.documents import load_documents
 
     tokenizer = None

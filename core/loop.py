@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -19,20 +19,28 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from core.errors import BadInput, CannotOpen
+from core.entries import (
+    base_of,
+    enter_base,
+    entry_of,
+    learned_by,
+    opened,
+    refuse_changed,
+    reopened,
+    second_models,
+)
+from core.errors import BadInput
 from core.journal import Journal
 from core.material import material_of
-from core.models.task import Task, task_of
+from core.models.task import task_of
 from core.recipe import Recipe
 from core.recording import record
 from core.registry import Method, get
 from core.scratch import variant_scratch
-from core.types import Dtype, Family, ModelRef, Progress, Run, Variant, part_of, silent
+from core.types import Family, ModelRef, Progress, Run, Variant, part_of, silent
 
 if TYPE_CHECKING:
     from core.catalog.store import Catalog
-    from core.models.learned import Learned
-    from core.models.loaded import LoadedModel
 
 EVALUATION_OF: dict[Family, str] = {
     "decoder": "language_modelling",
@@ -85,16 +93,6 @@ class Made:
         }
 
 
-def opened(
-    catalog: Catalog, model: str, *, dtype: Dtype = "float32", progress: Progress = silent
-) -> LoadedModel:
-    """Open what the user typed; ``variant:ID`` is looked up in the catalog. Raises ``CannotOpen``, ``BadInput``."""
-    from core.models.open import open_model
-
-    ref = ModelRef.parse(model, dtype=dtype)
-    return open_model(ref, variant_folder=catalog.variant_folder, progress=progress)
-
-
 def register(catalog: Catalog, model: str, *, progress: Progress = silent) -> Variant:
     """The catalog's entry of a model, found by its id or its files; a new one is opened, verified and entered as a base."""
     from core.catalog.store import base_id
@@ -107,14 +105,7 @@ def register(catalog: Catalog, model: str, *, progress: Progress = silent) -> Va
     with suppress(BadInput):  # not entered yet
         known = catalog.variant(base_id(fingerprint(local_folder(ref, progress=progress))))
         return catalog.add_variant(known)  # visible again
-    return _enter_base(catalog, opened(catalog, model, progress=progress))
-
-
-def entry_of(catalog: Catalog, loaded: LoadedModel) -> Variant:
-    """The catalog's entry of an opened model, made if it is a base that was not there."""
-    if loaded.ref.kind == "variant":
-        return catalog.variant(loaded.ref.source.removeprefix("variant:"))
-    return _enter_base(catalog, loaded)
+    return enter_base(catalog, opened(catalog, model, progress=progress))
 
 
 def make_variant(
@@ -159,7 +150,7 @@ def make_variant(
         id=id_,
         name=recipe.label(),
         source=f"variant:{id_}",
-        base_id=_base_of(
+        base_id=base_of(
             id_, parent, task, loaded, zip((t.base_id for t in teachers), references.values(), strict=True)
         ),
         recipe=recipe.canonical(),
@@ -204,12 +195,12 @@ def evaluate_variant(
     base = catalog.variant(variant.base_id)
     chosen = get("evaluate", method or EVALUATION_OF[variant.family])
     parsed = _settings(chosen, settings)
-    learned = _learned(catalog, variant)
+    learned = learned_by(catalog, variant)
     material = material_of(chosen, documents, parsed, learned=learned)
     started = datetime.now(UTC)
-    base_model = _reopened(catalog, base, part_of(progress, 0.0, 0.05))
+    base_model = reopened(catalog, base, part_of(progress, 0.0, 0.05))
     chosen.refuse_if(base_model.missing_needs(chosen.needs), base.name)
-    model = base_model if variant.id == base.id else _reopened(catalog, variant, part_of(progress, 0.05, 0.1))
+    model = base_model if variant.id == base.id else reopened(catalog, variant, part_of(progress, 0.05, 0.1))
     journal = Journal(None if scratch is None else scratch / "documents.jsonl")
     result = chosen.run(base_model, model, material, journal, part_of(progress, 0.1, 0.98), parsed)
     return record(catalog, "evaluate", variant.id, result, started, job_id=job_id)
@@ -234,7 +225,7 @@ def profile_variant(
     folder = local_folder(
         ModelRef.parse(variant.source), variant_folder=catalog.variant_folder, progress=progress
     )
-    _refuse_changed(variant, fingerprint(folder))
+    refuse_changed(variant, fingerprint(folder))
     started = datetime.now(UTC)
     result = chosen.run(folder, progress, parsed)
     return record(catalog, "profile", variant.id, result, started, job_id=job_id)
@@ -269,9 +260,6 @@ def compare(
     return rows.reindex(columns=[*COMPARE_COLUMNS, *(c for c in rows.columns if c not in COMPARE_COLUMNS)])
 
 
-# --- parts --------------------------------------------------------------------------------------------
-
-
 def already_made(catalog: Catalog, id_: str) -> Made | None:
     """A variant that was already made and proven, made visible again; None if there is none."""
     with suppress(BadInput):
@@ -280,71 +268,6 @@ def already_made(catalog: Catalog, id_: str) -> Made | None:
         if known.proven and known.artifact and proofs:
             return Made(catalog.add_variant(known), proofs[0], reused=True)
     return None
-
-
-def second_models(catalog: Catalog, model: str, parent: Variant, recipe: Recipe) -> dict[int, LoadedModel]:
-    """The second model of each step that looks at one, by the step's number; each model is opened once."""
-    from core.compress._references import references_of
-
-    places = {"base": catalog.variant(parent.base_id).source, "start": model}
-    wanted = {index: places.get(which, which) for index, which in references_of(recipe).items()}
-    found = {source: opened(catalog, source) for source in dict.fromkeys(wanted.values())}
-    return {index: found[source] for index, source in wanted.items()}
-
-
-def _enter_base(catalog: Catalog, loaded: LoadedModel) -> Variant:
-    from core.models.sizes import model_card
-
-    ref, card = loaded.ref, model_card(loaded)
-    on_disk = ref.kind in ("folder", "gguf")
-    return catalog.add_base(
-        ref.located,
-        name=Path(ref.source).name if on_disk else str(ref),
-        fingerprint=card.fingerprint,
-        architecture=loaded.anatomy.architecture,
-        family=card.family,
-        parameters=card.parameters,
-        nbytes=card.file_bytes,
-        bits_per_weight=card.file_bytes * 8 / card.parameters,
-        format="safetensors",
-    )
-
-
-def _reopened(catalog: Catalog, variant: Variant, progress: Progress) -> LoadedModel:
-    """Reopen what was entered, in the dtype its files declare: quality is that of the arithmetic whose speed is measured."""
-    loaded = opened(catalog, variant.source, dtype="stored", progress=progress)
-    _refuse_changed(variant, loaded.fingerprint)
-    return loaded
-
-
-def _refuse_changed(variant: Variant, fingerprint: str) -> None:
-    """A number belongs to the files that were entered; a base's may have changed where the user has them."""
-    if fingerprint != variant.fingerprint:
-        raise CannotOpen(
-            f"{variant.source} is not the model that was entered as {variant.id}: its files changed since; "
-            "open it again to enter it as a base of its own"
-        )
-
-
-def _learned(catalog: Catalog, variant: Variant) -> tuple[Learned, ...]:
-    """What a variant's files say it learned from; a base that the user has elsewhere was not trained here."""
-    from core.models.learned import read_learned
-
-    return read_learned(catalog.variant_folder(variant.id)) if variant.artifact else ()
-
-
-def _base_of(
-    id_: str, parent: Variant, task: Task, loaded: LoadedModel, teachers: Iterable[tuple[str, LoadedModel]]
-) -> str:
-    """The base that a new variant is held against: its parent's, while it answers the same question.
-
-    A model that was given another task (``task`` is what it had) has nothing in common with its parent's numbers: it is
-    held against its teacher's base if that has the task, and is otherwise a base of its own.
-    """
-    now = task_of(loaded)
-    if now == task:
-        return parent.base_id
-    return next((base for base, teacher in teachers if task_of(teacher) == now), id_)
 
 
 def _settings(method: Method, values: Mapping[str, Any] | None) -> Any:

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from core.catalog.store import Catalog
+from core.entries import opened
 from core.errors import BadInput
-from core.loop import opened
 from core.models.sizes import model_card
 from core.recipe import Recipe
 from core.sweep import MOST, Measuring, combinations, planned, run_sweep, values_of
