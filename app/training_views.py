@@ -151,8 +151,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Rows": ("held_out", "held_out_tokens", "epochs", "window", "packing"),
     "Distance to the teacher": (
         "temperature", "beta", "alpha", "kd_weight", "task_weight", "hidden_weight", "hidden_loss", "relation_weight",
-        "relations", "relation_heads", "router_weight", "expert_weight", "layer_map", "top_k", "teacher_precision",
-        "on_policy",
+        "relations", "relation_heads", "router_weight", "expert_weight", "expert_loss", "layer_map", "top_k",
+        "teacher_precision", "on_policy",
     ),
     "Descent": (
         "batch_tokens", "micro_batch", "schedule", "warmup", "weight_decay", "clip", "precision",

@@ -89,7 +89,8 @@ class TrainingSettings(Settings):
     train: Moves = Field(
         default="all",
         description="What moves: all; head: what comes behind the last layer; norms; lora or dora: low-rank updates, "
-        "merged at the end; of a quantized model scales_and_norms, or straight_through: weights that stay on their grid",
+        "merged at the end; of a quantized model scales_and_norms, straight_through: weights that stay on their grid, or "
+        "lora: low-rank updates of those, for which 5e-3 is a good learning rate",
     )
     lora_rank: int = Field(default=16, ge=1, le=1024, description="Rank of the updates of lora and dora")
     lora_alpha: float = Field(
@@ -181,6 +182,11 @@ class DistilSettings(TrainingSettings):
     )
     expert_weight: float = Field(
         default=0.0, ge=0, le=100, description="Weight of matching what the experts of a layer give"
+    )
+    expert_loss: Literal["together", "each"] = Field(
+        default="together",
+        description="Of experts: together: what a layer's experts write for a token, which also fits dropped, merged or "
+        "densified ones; each: what every expert says to the tokens that the teacher sends it",
     )
     layer_map: str = Field(
         default="auto",

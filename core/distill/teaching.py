@@ -91,7 +91,7 @@ def features(
         hidden_weight=settings.hidden_weight, hidden_loss=settings.hidden_loss,
         relation_weight=settings.relation_weight, relations=settings.relations,
         relation_heads=settings.relation_heads, router_weight=settings.router_weight,
-        expert_weight=settings.expert_weight,
+        expert_weight=settings.expert_weight, expert_loss=settings.expert_loss,
     )  # fmt: skip
 
 

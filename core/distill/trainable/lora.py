@@ -1,9 +1,9 @@
-"""Low-rank updates beside frozen matrices (LoRA, DoRA), through ``peft``, and merged into them at the end.
+"""Low-rank updates (LoRA, DoRA): beside frozen matrices, through ``peft``, and merged into them at the end.
 
 LoRA: W + (alpha / r) · B A; DoRA: the same direction, with a learned length for each column. Fused experts get one pair
 per expert (``peft``'s ``target_parameters``), for which there is no DoRA. Merging must give the same outputs, or it is
-refused. A matrix that an earlier step quantized is put back on its own grid, scales kept, after the merge: what that
-undoes is reported, and is most of a small update where the grid is coarse.
+refused. Matrices that an earlier step cast to 16 bits are rounded to them after the merge: what that undoes is reported.
+Quantized ones are not ``peft``'s: see ``lora_on_grid``. There is no DoRA for those, as rounding would undo most of it.
 
 https://arxiv.org/abs/2106.09685, https://arxiv.org/abs/2402.09353
 """
@@ -14,8 +14,11 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from core.distill.trainable.following import forms_of
+from core.distill.trainable.full import WIDE_ENOUGH, small
+from core.distill.trainable.lora_on_grid import LowRankOnGrid, following
 from core.distill.trainable.on_grid import on_own_grid
-from core.distill.trainable.trainable import Parameters, TrainableSettings
+from core.distill.trainable.trainable import Parameters, Trainable, TrainableSettings
 from core.errors import CannotCompress
 from core.lazy import torch
 from core.models.loaded import LoadedModel
@@ -40,7 +43,7 @@ class LowRank(Parameters):
         super().__init__({name: p for name, p in tuner.model.named_parameters() if p.requires_grad})
 
     def finish(self, loaded: LoadedModel) -> tuple[str, ...]:
-        """Merge, check, and put what was quantized back on its grid; see ``Trainable``."""
+        """Merge, check, and round to 16 bits what is stored so; see ``Trainable``."""
         self.rest()
         before = _output(loaded)
         model = self.tuner.merge_and_unload(safe_merge=True)
@@ -73,14 +76,54 @@ class LowRank(Parameters):
         return tuple(notes)
 
 
-def prepare(loaded: LoadedModel, settings: TrainableSettings) -> LowRank:
-    """Updates of the matrices that ``lora_targets`` names; raises ``CannotCompress`` for names without one, and for DoRA
-    of fused experts."""
-    from peft import LoraConfig, LoraModel
+class Both(Parameters):
+    """Updates of a model of which only some matrices are quantized."""
 
+    def __init__(self, merged: LowRank, on_grid: LowRankOnGrid) -> None:
+        self.merged, self.on_grid = merged, on_grid
+        super().__init__({**merged.parameters, **on_grid.parameters})
+
+    def before_forward(self) -> None:
+        """See ``Trainable``."""
+        self.on_grid.before_forward()
+
+    def finish(self, loaded: LoadedModel) -> tuple[str, ...]:
+        """See ``Trainable``."""
+        return (*self.on_grid.finish(loaded), *self.merged.finish(loaded))
+
+
+def prepare(loaded: LoadedModel, settings: TrainableSettings) -> Trainable:
+    """Updates of the matrices that ``lora_targets`` names; of quantized ones behind their rounding, with norms and biases.
+
+    Raises ``CannotCompress`` for names without a matrix, and for DoRA of what is quantized or fused.
+    """
     if loaded.packed:
         settle(loaded)
     chosen = _chosen(loaded, settings.lora_targets)
+    coarse = [target for target in chosen if _is_coarse(loaded, target)]
+    if not coarse:
+        return _merged(loaded, chosen, settings)
+    if settings.train == "dora":
+        stored = forms_of(loaded.packed[coarse[0].module])[0].scheme.label
+        raise CannotCompress(
+            f"{coarse[0].module} is stored as {stored}: DoRA is learned in full precision, and putting it back on that grid "
+            "would undo most of it; choose lora, scales_and_norms or straight_through, which learn on the grid"
+        )
+    rest, beside = [target for target in chosen if target not in coarse], small(loaded)
+    merged = _merged(loaded, rest, settings) if rest else None
+    on_grid = following(loaded, [target.module for target in coarse], beside, settings)
+    return on_grid if merged is None else Both(merged, on_grid)
+
+
+def _is_coarse(loaded: LoadedModel, target: Target) -> bool:
+    packed = loaded.packed.get(target.module)
+    return packed is not None and any(form.scheme.bits < WIDE_ENOUGH for form in forms_of(packed))
+
+
+def _merged(loaded: LoadedModel, chosen: Sequence[Target], settings: TrainableSettings) -> LowRank:
+    """Updates through ``peft``."""
+    from peft import LoraConfig, LoraModel
+
     experts = [target.name for target in chosen if target.layout == "experts"]
     dora = settings.train == "dora"
     if dora and experts:
@@ -132,6 +175,6 @@ def _output(loaded: LoadedModel) -> Tensor:
 def _said(moved: float, lost: float, exact: Tensor, rounded: Tensor) -> str:
     error = float((rounded - exact).square().mean().sqrt() / exact.square().mean().sqrt())
     return (
-        "Quantized matrices were put back on their own grids after the merge, scales kept: rounding moved them by "
+        "Merged matrices were rounded to the 16 bits they are stored in: that moved them by "
         f"{(lost / moved) ** 0.5:.0%} of the size of the update, and the outputs by {error:.2g} of their root mean square."
     )

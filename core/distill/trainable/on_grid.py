@@ -68,6 +68,25 @@ def in_steps(weight_RC: Tensor, packed: PackedTensor) -> Tensor:
     return steps_RGK.flatten(-2)
 
 
+def step_of(packed: PackedTensor) -> Tensor:
+    """The distance between neighbours on the grid, in a shape that multiplies the weight, float32.
+
+    Of narrow floats, where it grows with the value: that at the root mean square of each row.
+    """
+    match packed.scheme:
+        case FloatScheme():
+            relative = torch.finfo(packed.codes.dtype).eps
+        case MxScheme():
+            relative = 2.0**-packed.scheme.minifloat.mantissa_bits
+        case Nvfp4Scheme():
+            relative = 2.0**-E2M1.mantissa_bits
+        case _:
+            assert packed.scale is not None
+            groups = packed.scale.float().unsqueeze(-1)
+            return groups.expand(*groups.shape[:-1], packed.codes.shape[-1] // groups.shape[-2]).flatten(-2)
+    return relative * packed.dequantize().float().square().mean(-1, keepdim=True).sqrt()
+
+
 def reach(packed: PackedTensor) -> tuple[int, int]:
     """Smallest and largest code of an integer grid."""
     if isinstance(packed.scheme, TernaryScheme):

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from core.distill.trainable.on_grid import nearest
+from core.distill.trainable.behind_rounding import NarrowFloat, OnGrid, behind_rounding
+from core.distill.trainable.exact_weight import LowRankUpdate, Whole
+from core.distill.trainable.on_grid import nearest, step_of
 from core.distill.trainable.scales_and_norms import LearnedScales
-from core.distill.trainable.straight_through import NarrowFloat, OnGrid
+from core.numerics.packed import PackedTensor
 from core.numerics.quantize import quantize
 from core.numerics.schemes import FloatScheme, IntegerScheme, MxScheme, Nvfp4Scheme, Scheme, TernaryScheme
 
@@ -28,6 +30,12 @@ SCALED = tuple(s for s in SCHEMES if not isinstance(s, MxScheme) and s != FloatS
 
 def weight(seed: int = 0) -> torch.Tensor:
     return torch.randn(160, 192, generator=torch.Generator().manual_seed(seed))
+
+
+def bounds(scheme: Scheme) -> tuple[int, int]:
+    if isinstance(scheme, TernaryScheme):
+        return -1, 1
+    return -(1 << scheme.bits - 1), (1 << scheme.bits - 1) - 1
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
@@ -63,7 +71,7 @@ def test_the_gradient_of_scales_is_that_of_an_expansion_in_full(scheme: Scheme):
 def test_straight_through_is_the_clamp_without_the_rounding(scheme: Scheme):
     """The gradients of s · (clamp(V / s + z) - z) with the rounding error held fixed, by autograd."""
     packed = quantize(weight(), scheme)
-    rule = OnGrid(packed)
+    rule = OnGrid(packed, Whole(packed.dequantize().float()))
     assert torch.equal(rule.packed().codes, packed.codes), "it begins at what is stored"
     rule.learned["exact"].data += 0.7 * weight(4)  # some of it beyond the grid
     now, gradient = rule.packed().dequantize().float(), weight(5)
@@ -74,11 +82,7 @@ def test_straight_through_is_the_clamp_without_the_rounding(scheme: Scheme):
     groups = 1 if packed.scale.shape[-1] == 1 else packed.scale.shape[-1]
     scale = packed.scale.float() * theta.exp().view(packed.scale.shape)
     zero = 0 if packed.zero_point is None else packed.zero_point.unsqueeze(-1)
-    bound = (
-        (-1, 1)
-        if isinstance(scheme, TernaryScheme)
-        else (-(1 << scheme.bits - 1), (1 << scheme.bits - 1) - 1)
-    )
+    bound = bounds(scheme)
     steps = exact.reshape(160, groups, -1) / scale.unsqueeze(-1) + zero
     clamped = steps.clamp(*bound)
     assert not torch.equal(clamped, steps)
@@ -93,10 +97,69 @@ def test_straight_through_is_the_clamp_without_the_rounding(scheme: Scheme):
 @pytest.mark.parametrize("scheme", SCHEMES[4:], ids=lambda s: s.label)
 def test_narrow_floats_are_rounded_anew(scheme: Scheme):
     packed = quantize(weight(), scheme)
-    rule = NarrowFloat(packed)
+    rule = NarrowFloat(packed, Whole(packed.dequantize().float()))
     assert torch.equal(rule.packed().dequantize(), packed.dequantize())
     rule.learned["exact"].data = 3 * weight(6)
     assert torch.equal(rule.packed().dequantize(), quantize(3 * weight(6), scheme).dequantize())
     rule.pull(weight(), weight(7))
     rule.pull(weight(), weight(7))
     assert torch.equal(rule.learned["exact"].grad, 2 * weight(7))
+
+
+def low_rank(packed: PackedTensor) -> LowRankUpdate:
+    start, drawn = packed.dequantize().float(), torch.Generator().manual_seed(8)
+    return LowRankUpdate(start, step_of(packed), rank=4, alpha=8.0, drawn=drawn)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
+def test_a_low_rank_update_begins_with_nothing(scheme: Scheme):
+    packed = quantize(weight(), scheme)
+    rule = behind_rounding(packed, low_rank(packed))
+    assert torch.equal(rule.packed().dequantize(), packed.dequantize())
+    rule.learned["lora_B"].data += torch.randn(160, 4, generator=torch.Generator().manual_seed(9))
+    assert not torch.equal(rule.packed().dequantize(), packed.dequantize())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[:4], ids=lambda s: s.label)
+def test_a_low_rank_update_counts_in_steps(scheme: Scheme):
+    """One update, value by value: codes are those before and the product, rounded and held within the codes."""
+    packed = quantize(weight(), scheme)
+    rule = behind_rounding(packed, low_rank(packed))
+    a, b = rule.learned["lora_A"], rule.learned["lora_B"]
+    b.data += torch.randn(160, 4, generator=torch.Generator().manual_seed(9))
+    low, high = bounds(scheme)
+    product = (8.0 / 4) * b.detach() @ a.detach()
+    gradient, within = weight(5), torch.zeros(160, 192)
+    wanted = torch.zeros(160, 192)
+    for row in range(0, 160, 40):
+        for column in range(192):
+            at = float(packed.codes[row, column]) + float(product[row, column])
+            wanted[row, column] = min(max(round(at), low), high)
+            within[row, column] = low <= at <= high
+    now = rule.packed()
+    apart = (now.codes[::40].float() - wanted[::40]).abs()
+    assert apart.max() <= 1
+    assert apart.mean() < 0.01, (
+        "but for ties: stored weights are 16-bit numbers, a little beside the middle of their codes"
+    )
+    rule.pull(now.dequantize().float(), gradient)
+    groups = packed.scale.float().expand(160, -1)
+    step = groups.repeat_interleave(192 // groups.shape[-1], -1)
+    by_hand = (gradient * step * within * 2.0)[::40] @ a.detach().T
+    torch.testing.assert_close(b.grad[::40], by_hand, rtol=0.02, atol=0.02 * float(by_hand.abs().max()))
+
+
+@pytest.mark.parametrize("scheme", [SCHEMES[0], SCHEMES[8]], ids=lambda s: s.label)
+def test_both_factors_get_the_gradient_of_their_product(scheme: Scheme):
+    """Against autograd, on stacked experts."""
+    packed = quantize(torch.stack([weight(), weight(1)]), scheme)
+    update = low_rank(packed)
+    update.learned["lora_B"].data += 0.3
+    factors = [update.learned[name].detach().clone().requires_grad_() for name in ("lora_B", "lora_A")]
+    value = packed.dequantize().float() + step_of(packed) * (2.0 * factors[0] @ factors[1])
+    torch.testing.assert_close(update.value(), value.detach())
+    gradient = torch.stack([weight(2), weight(3)])
+    (value * gradient).sum().backward()
+    update.pull(gradient)
+    for name, factor in zip(("lora_B", "lora_A"), factors, strict=True):
+        torch.testing.assert_close(update.learned[name].grad, factor.grad, rtol=1e-4, atol=1e-4)
