@@ -26,6 +26,8 @@ TRAINING = ("distil", "fine_tune")
 IN_BLOCKS = ("attention", "mlp", "router", "experts", "shared_expert", "norm")
 MATRICES = ("attention", "mlp", "experts", "shared_expert", "head")
 """Components whose work grows with their size; an embedding is looked up."""
+TEXT = ("pydoc", "stdlib", "domain")
+"""How sources of plain text begin that are no file of the user's."""
 STRUCTURAL = ("hidden_weight", "relation_weight", "router_weight", "expert_weight")
 """Weights of losses for which the teacher must run at every update."""
 
@@ -133,6 +135,23 @@ def toggled(recipe: Recipe, card: ModelCard, block: int) -> Recipe | None:
     }
     steps = [*recipe.steps[:at], Step(method="drop_layers", settings=settings), *recipe.steps[at + 1 :]]
     return Recipe.parse({"steps": [step.model_dump() for step in steps], "calibration": recipe.calibration})
+
+
+def misfit(card: ModelCard, recipe: Recipe) -> str | None:
+    """Why a model cannot learn from the rows that come with Slimscope; None where it can, or only the file can tell."""
+    at = training_index(recipe)
+    assert at is not None, "the page shows recipes that train"
+    step, family = recipe.steps[at], card.family
+    data = str(step.settings["data"]).strip()
+    if data.startswith(TEXT) and family != "decoder":
+        rows = "of two texts and a score" if family == "encoder" else "with a text and a label"
+        return (
+            f"{data} is plain text, from which a decoder learns; for this {family} name a file of rows {rows}"
+        )
+    own_head = step.settings.get("teacher", "auto") == "auto" and family != "classifier"
+    if data.startswith("builtin:") and step.method == "distil" and own_head and step.settings["kd_weight"]:
+        return f"{data} has labels, of which this {family} says nothing; make the teacher of a task first, then its students"
+    return None
 
 
 # --- sizes ----------------------------------------------------------------------------------------------

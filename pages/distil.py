@@ -85,7 +85,7 @@ under_way = st.container()
 # --- the student and its training -----------------------------------------------------------------------
 with st.container(border=True):
     drawn = st.container()
-    left, right = st.columns([4, 7], gap="medium")
+    left, right = st.columns([5, 7], gap="medium")
     with right:
         st.header("How it learns", anchor=False)
         recipe = training_form(draft, card)
@@ -127,9 +127,9 @@ with st.container(border=True):
         st.button(
             "Train the student",
             icon=":material/school:",
-            disabled=recipe is None or measured is None,
+            disabled=None in (recipe, measured, wished),
             on_click=make,
-            args=([shown, *wished],),
+            args=([shown, *(wished or ())],),
             key="train",
         )
 with top:

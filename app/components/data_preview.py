@@ -32,15 +32,11 @@ def data_preview(recipe: Recipe, model: str, card: ModelCard) -> int | None:
     at = training_index(recipe)
     assert at is not None, "the page shows recipes that train"
     told = recipe.steps[at].settings
-    opened = st.expander(
-        f"Look at the rows of {esc(told['data'])}",
-        icon=":material/table_rows:",
-        key="rows",
-        on_change="rerun",
-    )
+    opened = st.expander("Look at the rows", icon=":material/table_rows:", key="rows", on_change="rerun")
     if not opened.open:
         return None
     with opened:
+        st.caption(esc(told["data"]))
         result = _looked(told, model, card)
         if result is None:
             return None

@@ -19,6 +19,8 @@ MANY = 6
 """More jobs than this are a table, not cards."""
 KINDS = ("compress", "evaluate", "profile")
 GROUP = 200
+LINE, WRAPPED_PX = 56, 76
+"""Letters of a recipe in one line of the table, and the height of a row that takes three: a control differs at its end."""
 
 
 def group_card(jobs: Sequence[Job], *, prefix: str) -> None:
@@ -52,14 +54,16 @@ def _table(jobs: Sequence[Job]) -> None:
         passed = (datetime.now(UTC) - started).total_seconds()
         left = f" · about {fmt.seconds(passed * (len(jobs) - done) / done)} left"
     st.progress(done / len(jobs), text=f"{done} of {len(jobs)} jobs ended{left}")
+    rows = rows_of(jobs)
     st.dataframe(
-        rows_of(jobs),
+        rows,
         hide_index=True,
         height="content",
+        row_height=WRAPPED_PX if rows["subject"].str.len().max() > LINE else None,
         key="group_jobs",
         alt="The variants of this group and the state of their jobs",
         column_config={
-            "subject": st.column_config.TextColumn("Variant", pinned=True, width="medium"),
+            "subject": st.column_config.TextColumn("Variant", pinned=True, width="large"),
             **{kind: fmt.label(kind) for kind in KINDS},
             "error": "What went wrong",
         },

@@ -7,6 +7,7 @@ from functools import partial
 import streamlit as st
 
 from app import drafts, state
+from app.distil_views import misfit
 from app.drafts import Draft
 from app.forms import settings_form
 from app.text import esc
@@ -81,8 +82,11 @@ def cost_lines(card: ModelCard, recipe: Recipe, *, n_tokens: int | None) -> None
         st.caption(esc(line))
 
 
-def controls(card: ModelCard, recipe: Recipe) -> list[Recipe]:
-    """Draw which controls are made with the student; the recipes that are wished."""
+def controls(card: ModelCard, recipe: Recipe) -> list[Recipe] | None:
+    """Draw which controls are made with the student; the recipes that are wished, None where the rows cannot teach it."""
+    if refusal := misfit(card, recipe):
+        st.markdown(f":orange[:material/warning: {esc(refusal)}]")
+        return None
     plain, nbytes = control_of(recipe), predicted_bytes(card, recipe)
     wished = []
     if plain is not None and st.toggle(

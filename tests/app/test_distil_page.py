@@ -9,7 +9,7 @@ from streamlit.testing.v1 import AppTest
 from app import drafts, engine
 from app.components.student_map import drawing
 from app.distil_templates import fitting
-from app.distil_views import student_of, toggled, work_share
+from app.distil_views import misfit, student_of, toggled, work_share
 from app.live_training import course, headlines, loss_chart, running
 from app.training_views import control_of, training_of
 from core.distill.curve import NAME
@@ -210,3 +210,18 @@ def test_pause_and_resume_go_through_the_queue(queue, model):
     app.button(key=f"detail_resume_{job.id}").click().run()
     checked(app)
     assert queue.job(job.id).state == "queued"
+
+
+def test_rows_that_cannot_teach_a_family_are_refused_before_the_click(card):
+    def distil(**settings):
+        return Recipe.of("distil", **settings)
+
+    encoder, classifier = replace(card, family="encoder"), replace(card, family="classifier")
+    assert misfit(card, distil(data="pydoc")) is None
+    assert "two texts and a score" in str(misfit(encoder, distil(data="pydoc")))
+    assert "text and a label" in str(misfit(classifier, distil(data="stdlib")))
+    assert misfit(encoder, distil(data="pairs.tsv")) is None  # only the file can tell
+    assert "teacher of a task" in str(misfit(encoder, distil(data="builtin:language")))
+    assert misfit(encoder, Recipe.of("fine_tune", data="builtin:language")) is None
+    assert misfit(encoder, distil(data="builtin:language", teacher="variant:taught")) is None
+    assert misfit(classifier, distil(data="builtin:language")) is None
