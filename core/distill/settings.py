@@ -90,7 +90,7 @@ class TrainingSettings(Settings):
         default="all",
         description="What moves: all; head: what comes behind the last layer; norms; lora or dora: low-rank updates, "
         "merged at the end; of a quantized model scales_and_norms, straight_through: weights that stay on their grid, or "
-        "lora: low-rank updates of those, for which 5e-3 is a good learning rate",
+        "lora: low-rank updates of those, for which 1e-2 is a good learning rate",
     )
     lora_rank: int = Field(default=16, ge=1, le=1024, description="Rank of the updates of lora and dora")
     lora_alpha: float = Field(

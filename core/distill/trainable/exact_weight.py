@@ -6,7 +6,7 @@ A low-rank update is counted in steps of the grid,
 
 so that one learning rate moves as many codes of every matrix, whatever its values and its bits. V₀ is the stored weight,
 the middle of each of its codes: an update below half a step changes nothing yet, but its gradient is not 0, and it adds
-up. (Random places within the codes instead, or those of the unrounded weight, begin to move sooner.)
+up.
 
 Legend: ``R`` rows, ``C`` columns, ``K`` rank; an axis of experts may lead.
 """
@@ -54,13 +54,13 @@ class Whole:
 
 
 class LowRankUpdate:
-    """A beginning that stays, and the product of two thin matrices: A drawn, B 0 at first."""
+    """A beginning that stays, and the product of two thin matrices: A drawn with variance 1 / r, B 0 at first."""
 
     def __init__(
         self, start_RC: Tensor, step_RC: Tensor, *, rank: int, alpha: float, drawn: Generator
     ) -> None:
         *experts, rows, columns = start_RC.shape
-        a_KC = torch.randn(*experts, rank, columns, generator=drawn).to(start_RC.device)
+        a_KC = torch.randn(*experts, rank, columns, generator=drawn).to(start_RC.device) / rank**0.5
         b_RK = torch.zeros(*experts, rows, rank, device=start_RC.device)
         self.start_RC, self.unit_RC = start_RC, step_RC * (alpha / rank)
         self.learned = {"lora_A": torch.nn.Parameter(a_KC), "lora_B": torch.nn.Parameter(b_RK)}

@@ -2,8 +2,9 @@
 
 A low-rank update that is learned in full precision and rounded at the end is mostly lost: on a coarse grid it is smaller
 than half a step nearly everywhere. Here the weight is rounded after every update (``behind_rounding``), and the gradient
-goes on to A and B. Scales, norms and biases learn beside it, as with ``straight_through``; against which 2 (R + C) r
-numbers of state take the place of R · C.
+goes on to A and B. Scales, norms and biases learn beside it, as with ``straight_through``, whose R · C exact values
+(R + C) · r numbers replace. Rounding errors are of full rank: where they are all that is to be undone, scales and norms
+alone do as well at few tokens.
 """
 
 from __future__ import annotations
