@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("recipe", type=Path)
     args = parser.parse_args(arguments)
     try:
-        said = launched(Catalog(), ModelRef.parse(args.model).located, Recipe.read(args.recipe))
+        said = launched(Catalog(), ModelRef.parse(args.model).located, Recipe.read(args.recipe).located)
     except SlimscopeError as error:
         sys.exit(str(error))
     if said:

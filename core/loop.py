@@ -124,6 +124,7 @@ def make_variant(
     from core.compress._pipeline import compress
     from core.text.documents import load_documents
 
+    recipe = recipe.located
     loaded = opened(catalog, model, progress=part_of(progress, 0.0, 0.15))
     parent = entry_of(catalog, loaded)
     id_ = recipe.variant_id(loaded.fingerprint)
@@ -138,7 +139,7 @@ def make_variant(
     started = datetime.now(UTC)
     incoming = catalog.artifacts.incoming()
     try:
-        with variant_scratch(catalog.folder / "scratch", id_) as scratch:
+        with variant_scratch(catalog.folder / "scratch", id_, job_id=job_id) as scratch:
             made = compress(
                 loaded, recipe, documents, incoming / "files", part_of(progress, 0.15, 0.95),
                 references=references, scratch=scratch,

@@ -22,8 +22,9 @@ from pydantic import (
 )
 
 from core.errors import BadInput, SlimscopeError
+from core.located import located_source
 from core.registry import Settings, get
-from core.types import canonical_json, content_hash
+from core.types import ModelRef, canonical_json, content_hash
 
 SCHEMA = 1
 LONGEST = 20
@@ -58,6 +59,15 @@ def _short(value: Any) -> str:
     """A setting as a name can hold it: a long text by its beginning."""
     text = str(value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST].rstrip()}…"
+
+
+def _located(name: str, value: Any) -> Any:
+    """A setting with its path made absolute: ``data`` names rows, ``teacher`` and ``model`` a model, if not empty or auto."""
+    if name == "data":
+        return located_source(value)
+    if name in ("teacher", "model") and value not in ("", "auto"):
+        return ModelRef.parse(value).located
+    return value
 
 
 class Recipe(BaseModel):
@@ -130,6 +140,18 @@ class Recipe(BaseModel):
             return cls.parse(value)
         except SlimscopeError as error:
             raise BadInput(f"{path}: {error}") from None
+
+    @property
+    def located(self) -> Recipe:
+        """The recipe that means the same in any process: paths of rows, text and models made absolute."""
+        steps = tuple(
+            step.model_copy(
+                update={"settings": {name: _located(name, value) for name, value in step.settings.items()}}
+            )
+            for step in self.steps
+        )
+        text = None if self.calibration is None else located_source(self.calibration)
+        return self.model_copy(update={"steps": steps, "calibration": text})
 
     def canonical(self) -> str:
         """The recipe's canonical JSON."""

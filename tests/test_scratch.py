@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from core.errors import Cancelled, ProofFailed
-from core.scratch import KEPT_S, sweep_variants, variant_scratch
+from core.scratch import JOB, KEPT_S, sweep_variants, variant_scratch
 
 
-def make(root: Path, *, error: type[Exception] | None = None) -> Path:
+def make(root: Path, *, error: type[Exception] | None = None, job_id: str | None = None) -> Path:
     """Work on a variant that leaves a file, and end well or badly."""
-    with variant_scratch(root, "abc") as folder:
+    with variant_scratch(root, "abc", job_id=job_id) as folder:
         assert folder is not None
         (folder / "block").write_text("done")
         if error is not None:
@@ -50,10 +50,20 @@ def test_what_nobody_takes_up_is_swept_but_never_from_under_a_maker(tmp_path: Pa
         make(tmp_path, error=Cancelled)
     folder = tmp_path / "variant-abc"
     assert sweep_variants(tmp_path) == []
-    for path in (folder / "block", folder):
+    for path in (folder / "block", folder / JOB, folder):
         os.utime(path, (path.stat().st_mtime - KEPT_S - 1,) * 2)
     with (tmp_path / "variant-abc.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert sweep_variants(tmp_path) == []
     assert sweep_variants(tmp_path) == [folder]
     assert not folder.exists()
+
+
+def test_the_work_of_a_paused_job_waits_for_it(tmp_path: Path) -> None:
+    with pytest.raises(Cancelled):
+        make(tmp_path, error=Cancelled, job_id="j1")
+    folder = tmp_path / "variant-abc"
+    for path in (folder / JOB, folder / "block", folder):
+        os.utime(path, (path.stat().st_mtime - KEPT_S - 1,) * 2)
+    assert sweep_variants(tmp_path, unfinished=["j1"]) == []
+    assert sweep_variants(tmp_path, unfinished=["j2"]) == [folder]

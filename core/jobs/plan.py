@@ -14,6 +14,7 @@ from typing import Any
 from core.catalog.queries import bases
 from core.jobs.queue import Queue, device_token
 from core.jobs.states import ACTIVE
+from core.located import located_source
 from core.recipe import Recipe
 from core.registry import get
 from core.types import Job, ModelRef, Prompt
@@ -40,7 +41,7 @@ def submit_variant(
     defaults. The same recipe still waiting or running is returned as it is, not queued twice. All jobs share a
     group, a new one unless ``group_id`` names it. Raises ``BadInput`` for a model, method or settings that cannot be.
     """
-    source = ModelRef.parse(model).located  # the worker runs in another folder
+    source, recipe = ModelRef.parse(model).located, recipe.located  # the worker runs in another folder
     quality, speed = _evaluation(evaluate), _profiling(profile)
     written = json.loads(recipe.canonical())
     waiting = [job for job in _active(queue, source) if "recipe" in job.spec]
@@ -119,7 +120,7 @@ def submit_train(queue: Queue, *, model: str, method: str, text: str, settings: 
     spec = {
         "model": ModelRef.parse(model).located,
         "method": method,
-        "documents": {"source": _located_text(text)},
+        "documents": {"source": located_source(text)},
         "settings": dict(settings),
     }
     return _submit_once(queue, "train", spec)
@@ -140,13 +141,6 @@ def _submit_once(queue: Queue, kind: str, spec: dict[str, Any]) -> Job:
         if job.kind == kind and job.spec == spec:
             return job
     return queue.submit(kind, spec)
-
-
-def _located_text(source: str) -> str:
-    """A text source that means the same in the worker, which runs in another folder."""
-    return (
-        source if source == "pydoc" or source.startswith("hub:") else str(Path(source).expanduser().resolve())
-    )
 
 
 def _measure(
@@ -173,7 +167,7 @@ def _evaluation(asked: Mapping[str, Any] | None) -> dict[str, Any]:
     full = {**EVALUATE, **(asked or {})}
     if full["method"] is not None:
         get("evaluate", full["method"]).parse(full["settings"])
-    return {**full, "documents": {"source": _located_text(full["documents"]["source"])}}
+    return {**full, "documents": {"source": located_source(full["documents"]["source"])}}
 
 
 def _profiling(asked: Mapping[str, Any] | None) -> dict[str, Any]:

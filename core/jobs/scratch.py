@@ -24,12 +24,17 @@ def scratch_folder(catalog: Catalog, job_id: str) -> Path:
 
 def sweep(catalog: Catalog) -> list[Path]:
     """Remove what no attempt will take up: scratch of jobs that ended, and of variants left unfinished, a week ago, and
-    half-written artifacts."""
+    half-written artifacts. What a paused job left waits for it, however long."""
     long_ago = now() - timedelta(days=KEPT_DAYS)
     query = select(JobRow.id).where(JobRow.state.in_(ENDED), JobRow.ended_at < long_ago)
     with catalog.read() as session:
         ended = session.scalars(query).all()
+        unfinished = session.scalars(select(JobRow.id).where(JobRow.state.not_in(ENDED))).all()
     removed = [path for id_ in ended if (path := scratch_folder(catalog, id_)).exists()]
     for path in removed:
         shutil.rmtree(path, ignore_errors=True)
-    return removed + sweep_variants(catalog.folder / "scratch") + catalog.artifacts.sweep()
+    return (
+        removed
+        + sweep_variants(catalog.folder / "scratch", unfinished=unfinished)
+        + catalog.artifacts.sweep()
+    )
