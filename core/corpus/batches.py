@@ -79,15 +79,18 @@ class Batch:
         A decoder is told the positions only: transformers makes each layer's mask from where they begin again, sliding
         windows included, and needs none where they never do; padding lies behind everything that could see it. This
         holds without a cache only, so ``use_cache`` is off. An encoder is given a mask, of ``dtype`` (float32) where
-        texts share rows.
+        texts share rows; where none do it counts positions itself, since not all begin with 0 (RoBERTa: behind the
+        number of its padding token).
         """
         if family == "decoder" and not self.by_mask:
             return {"input_ids": self.ids_BP, "position_ids": self.positions_BP, "use_cache": False}
         mask = self.attention_mask(dtype or torch.float32, causal=family == "decoder")
-        placed = {"input_ids": self.ids_BP, "position_ids": self.positions_BP, "attention_mask": mask}
+        given = {"input_ids": self.ids_BP, "attention_mask": mask}
         if family == "decoder":
-            return {**placed, "use_cache": False}
-        return placed if self.types_BP is None else {**placed, "token_type_ids": self.types_BP}
+            return {**given, "position_ids": self.positions_BP, "use_cache": False}
+        if int(self.segments_BP.max()) > 1:
+            given["position_ids"] = self.positions_BP
+        return given if self.types_BP is None else {**given, "token_type_ids": self.types_BP}
 
     def attention_mask(self, dtype: Any, *, causal: bool = True) -> Tensor | None:
         """The same as one tensor, for what takes no positions; a model with sliding windows would lose them by it.

@@ -79,7 +79,7 @@ def find_anatomy(model: Any) -> Anatomy:
         d_ff=_d_ff(model, blocks),
         activation=_activation(config),
         vocab_size=config.num_labels if family == "vision" else embedding_module.weight.shape[0],
-        context_length=_context_length(config, family),
+        context_length=_context_length(config, family) - _positions_left_out(model, position_embedding),
         windows=_windows(config, len(blocks)),
         n_experts=n_experts,
         experts_per_token=experts_per_token,
@@ -228,6 +228,12 @@ def _context_length(config: Any, family: Family) -> int:
     if family == "vision":
         return patch_grid(config).n_tokens
     return int(config.max_position_embeddings)
+
+
+def _positions_left_out(model: Any, path: str | None) -> int:
+    """Rows of a position table that no token gets: RoBERTa counts from behind the number of its padding token."""
+    padding = None if path is None else getattr(submodule(model, path), "padding_idx", None)
+    return 0 if padding is None else int(padding) + 1
 
 
 def _activation(config: Any) -> str:

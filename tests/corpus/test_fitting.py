@@ -8,11 +8,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import transformers
 
-from core.corpus.batches import IGNORE, tokenized
+from core.corpus.batches import IGNORE, Batch, tokenized
 from core.corpus.fitting import fitted
 from core.corpus.rows import Row, Rows
 from core.errors import BadInput
+from core.models.anatomy_find import find_anatomy
 from tests.tiny import CORPUS, DECODERS, tiny_model
 
 ROWS = Rows("texts", "text", tuple(Row(text=text[:n]) for text in CORPUS for n in (300, 60, 30)))
@@ -97,3 +99,23 @@ def test_what_the_model_cannot_read_is_refused():
     strange = replace(data.encoded, ids_T=data.encoded.ids_T + 500)
     with pytest.raises(BadInput, match="use the tokenizer of this model"):
         fitted(replace(data, encoded=strange), loaded)
+
+
+def test_an_encoder_that_counts_from_behind_its_padding_gives_what_it_gives_alone():
+    config = transformers.RobertaConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=20, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.RobertaModel(config).eval()
+    assert find_anatomy(model).context_length == 18, "positions 0 and 1 are no token's"
+    segments = torch.tensor([[1] * 18, [1] * 5 + [0] * 13])
+    ids = torch.where(segments > 0, torch.arange(5, 23), 1)
+    batch = Batch(
+        ids, segments, torch.arange(18).expand(2, -1), torch.full_like(ids, IGNORE), torch.arange(2)
+    )
+    with torch.inference_mode():
+        together = model(**batch.inputs("encoder"))[0]
+        for row, length in enumerate((18, 5)):
+            expected = model(input_ids=ids[row : row + 1, :length])[0][0]
+            assert (together[row, :length] - expected).abs().max() <= 1e-5 * expected.abs().max()
