@@ -25,12 +25,14 @@ from core.types import Cost, Metric, Progress, Provenance, Result, part_of
 
 Aim = Callable[[], Objective]
 """Makes the objective for the model as it is now."""
+Taught = Callable[[Progress], tuple[Aim, tuple[str, ...]]]
+"""What is aimed at, and notes; a teacher may read all rows for it, which takes hours."""
 
 
 def trained_result(
     method: str,
     loaded: LoadedModel,
-    aim: Aim,
+    taught: Taught,
     read: Material,
     progress: Progress,
     scratch: Path | None,
@@ -38,21 +40,24 @@ def trained_result(
     *,
     inputs: Mapping[str, str],
     notes: tuple[str, ...] = (),
+    teaching: float = 0.0,
 ) -> Result:
     """Train, leave in the model what a reload will give, measure that, and tell.
 
-    ``inputs`` are fingerprints of what the training depends on beside data and settings. Hold the models' locks.
+    What cannot be trained is refused before ``taught`` is called. ``inputs`` are fingerprints of what the training depends
+    on beside data and settings; ``teaching`` is the share of ``progress`` that ``taught`` gets. Hold the models' locks.
     """
     started = time.monotonic()
     processes = Processes()
     with torch.inference_mode(False):
         before = copies(loaded)
         trainable = prepare(loaded, settings)
+        aim, said = taught(part_of(progress, 0.0, teaching))
         objective = aim()
         sampled = list(range(min(settings.samples, read.held_out.n_rows)))
         job = Job(loaded, objective, read.training, read.held_out, trainable, settings)
         trained = train(
-            job, scratch=scratch, progress=part_of(progress, 0.0, 0.95), inputs=list(inputs.values()),
+            job, scratch=scratch, progress=part_of(progress, teaching, 0.95), inputs=list(inputs.values()),
             sampler=partial(continuations, loaded, read.held_out, sampled) if sampled else None, processes=processes,
         )  # fmt: skip
         finished = trainable.finish(loaded)
@@ -73,7 +78,7 @@ def trained_result(
             },
             seconds=time.monotonic() - started,
         ),
-        (*sentences(trained, after, chosen_by=objective.chosen_by, seed=settings.seed), *finished, *notes),
+        (*sentences(trained, after, chosen_by=objective.chosen_by, seed=settings.seed), *finished, *said, *notes),
     )  # fmt: skip
 
 

@@ -55,11 +55,10 @@ def run(
         both = sides(settings)
         classes = prepare_student(loaded, both.train, settings)
         read = material(both, loaded, settings, classes=classes)
+        read.refuse_unread(reference)
         with computing_in(reference, settings.teacher_precision):
-            made, notes = aim(
-                loaded, reference, both, read, settings, part_of(progress, 0.02, 0.3)
-            )  # fmt: skip
             return trained_result(
-                "distil", loaded, made, read, part_of(progress, 0.3, 1.0), scratch, settings,
-                inputs={"teacher": reference.fingerprint}, notes=(*notes, *both.notes),
+                "distil", loaded, lambda told: aim(loaded, reference, both, read, settings, told), read,
+                part_of(progress, 0.02, 1.0), scratch, settings,
+                inputs={"teacher": reference.fingerprint}, notes=both.notes, teaching=0.3,
             )  # fmt: skip

@@ -46,6 +46,6 @@ def run(
         classes = prepare_student(loaded, both.train, settings)
         read = material(both, loaded, settings, classes=classes)
         return trained_result(
-            "fine_tune", loaded, plain_aim(loaded, both), read, part_of(progress, 0.02, 1.0), scratch,
+            "fine_tune", loaded, lambda _: (plain_aim(loaded, both), ()), read, part_of(progress, 0.02, 1.0), scratch,
             settings, inputs={}, notes=both.notes,
         )  # fmt: skip

@@ -56,8 +56,25 @@ def write_checkpoint(
     return ""
 
 
+def has_checkpoint(folder: Path, *, key: str) -> bool:
+    """Whether ``read_checkpoint`` would find one."""
+    return _facts(folder, key) is not None
+
+
 def read_checkpoint(folder: Path, *, key: str) -> Checkpoint | None:
     """The folder's checkpoint; None where there is none, it is damaged, or it is of another training."""
+    from safetensors import safe_open
+
+    facts = _facts(folder, key)
+    if facts is None:
+        return None
+    with safe_open(folder / NAME, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
+    return Checkpoint(tensors, facts)
+
+
+def _facts(folder: Path, key: str) -> dict[str, Any] | None:
+    """The header of this training's checkpoint; opening the file refuses one that was cut short."""
     from safetensors import SafetensorError, safe_open
 
     if not (folder / NAME).exists():
@@ -65,12 +82,10 @@ def read_checkpoint(folder: Path, *, key: str) -> Checkpoint | None:
     try:
         with safe_open(folder / NAME, framework="pt") as stored:
             header = stored.metadata()
-            if header["key"] != key:
-                return None
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError:
         return None
-    return Checkpoint(tensors, json.loads(header["facts"]))
+    found: dict[str, Any] = json.loads(header["facts"])
+    return found if header["key"] == key else None
 
 
 def _flush_names(folder: Path) -> None:

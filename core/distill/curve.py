@@ -50,7 +50,7 @@ class Curve:
     def flush(self) -> None:
         """Make what was written survive a power cut."""
         if self._file is not None:
-            with self._file.open("rb") as stream:
+            with suppress(OSError), self._file.open("rb") as stream:  # as above
                 os.fsync(stream.fileno())
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from core.corpus.batches import order
 from core.lazy import torch
 
 if TYPE_CHECKING:
@@ -58,18 +59,21 @@ class HeldOut:
         return cls(np.array(value["n"]), {name: np.array(sums) for name, sums in value["sums"].items()})
 
 
-def chosen_rows(data: TrainingData, *, max_tokens: int) -> list[int]:
-    """The first rows that have targets, up to ``max_tokens`` tokens of them, and one at least."""
+def chosen_rows(data: TrainingData, *, max_tokens: int, seed: int) -> list[int]:
+    """Rows that have targets, up to ``max_tokens`` tokens of them, and one at least; drawn by ``seed``, in their order.
+
+    The first ones would be a sample of nothing: files come sorted by label, and packed rows by their longest text.
+    """
     chosen: list[int] = []
     tokens = 0
-    for row in range(data.n_rows):
+    for row in order(data.n_rows, 0, seed).tolist():
         batch = data.batch([row])
         if chosen and tokens + batch.n_tokens > max_tokens:
             break
         if n_targets(batch):
             chosen.append(row)
             tokens += batch.n_tokens
-    return chosen
+    return sorted(chosen)
 
 
 def n_targets(batch: Any) -> int:

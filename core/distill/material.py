@@ -36,6 +36,15 @@ class Material:
     training: TrainingData
     held_out: TrainingData
 
+    def refuse_unread(self, teacher: LoadedModel) -> None:
+        """Raise ``BadInput`` where a teacher cannot be given the rows as the student is: they were made for that one."""
+        for data in (self.training, self.held_out):
+            if fitted(data, teacher).by_mask != data.by_mask:
+                raise BadInput(
+                    f"{teacher.ref} must be told by a mask which texts share a row, and its student by positions, or the "
+                    "other way round; choose packing=padded"
+                )
+
 
 BYTES_PER_TOKEN = 6
 """More than text has on average with any common tokenizer: so many rows are kept that max_tokens cannot use them up."""

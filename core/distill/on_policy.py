@@ -48,7 +48,8 @@ class OnPolicy:
         lengths_B = first_BP.sum(-1)
         learned_BP = first_BP & (batch.targets_BP != IGNORE)
         prompts_B = torch.where(learned_BP.any(-1), learned_BP.int().argmax(-1) + 1, lengths_B)
-        whole_B = prompts_B <= 1  # learned from its first token on: there is no prompt
+        # Learned from its first token on, or (a document that goes on behind a special token) its second: no prompt.
+        whole_B = prompts_B <= 2
         prompts_B = torch.where(whole_B, (lengths_B * KEPT).ceil().long().clamp_min(1), prompts_B)
         ids_BP = self._written(batch.ids_BP, prompts_B, lengths_B)
         places_P = torch.arange(ids_BP.shape[1], device=ids_BP.device)

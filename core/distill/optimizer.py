@@ -78,4 +78,6 @@ class Optimizer:
         """Take up what ``state`` gave."""
         for name, value in self._weights.exact.items():
             if f"{name}/step" in state:
-                self._adam.state[value] = {moment: state[f"{name}/{moment}"].clone() for moment in MOMENTS}
+                self._adam.state[value] = {
+                    moment: state[f"{name}/{moment}"].to(value.device, copy=True) for moment in MOMENTS
+                }

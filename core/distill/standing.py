@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.distill.checkpoint import read_checkpoint, write_checkpoint
+from core.distill.checkpoint import has_checkpoint, read_checkpoint, write_checkpoint
 from core.distill.curve import NAME as CURVE
 from core.distill.curve import Curve
 from core.distill.held_out import HeldOut
@@ -59,6 +59,11 @@ class Standing:
     """Of the best weights."""
     notes: list[str] = field(default_factory=list)
     kept_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is a checkpoint of this training to go on from."""
+        return self.folder is not None and has_checkpoint(self.folder, key=self.key)
 
     def offer(self, found: HeldOut, value: float, weights: Weights) -> bool:
         """Take a measurement, and the weights where it is the smallest ``value`` so far; whether it was."""

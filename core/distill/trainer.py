@@ -121,7 +121,7 @@ class _Loop:
         processes.agree(value.data for value in weights.exact.values())
         weights.follow()
         self._weights, self._optimizer = weights, Optimizer(weights, settings)
-        self._rows = chosen_rows(job.held_out, max_tokens=settings.held_out_tokens)
+        self._rows = chosen_rows(job.held_out, max_tokens=settings.held_out_tokens, seed=settings.seed)
         if not training.n_tokens or not self._rows:
             raise CannotCompress(
                 f"{settings.data}: nothing is left to learn from or to measure on; give more text, or another held_out"
@@ -129,7 +129,13 @@ class _Loop:
         self._total = min(settings.max_tokens, settings.epochs * training.n_tokens)
         self._tell = Telling(progress, processes, self._total)
         shapes = {name: list(value.shape) for name, value in weights.exact.items()}
-        told = [settings.model_dump(mode="json"), training.fingerprint, job.held_out.fingerprint, shapes]
+        told = [
+            settings.model_dump(mode="json"),
+            training.fingerprint,
+            job.held_out.fingerprint,
+            self._rows,
+            shapes,
+        ]
         folder = scratch if processes.first else None
         self._stands = standing(folder, content_hash([*told, *inputs]), weights, self._optimizer, processes)
         job.trainable.before_forward()
@@ -267,7 +273,7 @@ class _Loop:
         place = self._stands.position
         return broken(
             what, value, update=place.update + 1, tokens=place.tokens, batch_hash=batch.content_hash, parts=parts,
-            settings=self._settings, resumable=self._stands.folder is not None and place.update > 0,
+            settings=self._settings, resumable=self._stands.is_kept,
         )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from core.compress import distil, fine_tune
 from core.distill.settings import DistilSettings, FineTuneSettings
-from core.errors import BadInput
+from core.errors import BadInput, CannotCompress
 from core.models.open import open_model
 from core.models.targets import targets
 from core.types import ModelRef, silent
@@ -66,3 +67,21 @@ def test_nothing_to_learn_is_refused_before_any_work(tmp_path: Path, texts: str)
     teacher, student = (open_model(ModelRef(str(tiny_folder("llama", tmp_path / "m")))) for _ in range(2))
     with pytest.raises(BadInput, match="every weight is 0"):
         distil.run(student, teacher, None, silent, None, DistilSettings(**QUICK, data=texts, kd_weight=0))
+
+
+def test_what_cannot_be_trained_is_refused_before_the_teacher_reads(
+    tmp_path: Path, texts: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("SLIMSCOPE_CACHE", str(tmp_path / "cache"))
+    teacher, student = (open_model(ModelRef(str(tiny_folder("llama", tmp_path / "m")))) for _ in range(2))
+    settings = DistilSettings(**QUICK, data=texts, train="scales_and_norms")
+    with pytest.raises(CannotCompress, match="for a quantized model"):
+        distil.run(student, teacher, None, silent, None, settings)
+    assert not (tmp_path / "cache" / "teachers").exists()
+
+
+def test_a_teacher_that_cannot_read_the_student_s_rows_is_refused(tmp_path: Path, texts: str) -> None:
+    teacher, student = (open_model(ModelRef(str(tiny_folder("llama", tmp_path / "m")))) for _ in range(2))
+    teacher.anatomy = replace(teacher.anatomy, context_length=16)
+    with pytest.raises(BadInput, match="context of 16"):
+        distil.run(student, teacher, None, silent, None, DistilSettings(**QUICK, data=texts))

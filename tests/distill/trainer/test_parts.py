@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from core.corpus.batches import tokenized
+from core.corpus.rows import Row, Rows
+from core.distill.checkpoint import write_checkpoint
 from core.distill.curve import Curve, curve_frame, read_points
-from core.distill.held_out import HeldOut
+from core.distill.held_out import HeldOut, chosen_rows
 from core.distill.outcome import metrics, sentences
 from core.distill.precision import Narrowed, Weights
 from core.distill.schedule import learning_rate
 from core.distill.settings import TrainingSettings
-from core.distill.standing import Position
+from core.distill.standing import Position, Standing
 from core.distill.trainer import Trained
+from tests.tiny import tiny_model
 
 
 def test_schedules_at_their_corners() -> None:
@@ -103,3 +107,21 @@ def test_before_and_after_are_compared_row_by_row() -> None:
     assert "after 600 of 900 tokens" in told[0]
     kept = Trained(Curve(None), before, before, list(range(20)), Position(tokens=900), "epochs", ())
     assert sentences(kept, before, chosen_by="kl", seed=0)[0].startswith("Training did not help")
+
+
+def test_measured_rows_are_drawn_from_a_file_that_is_sorted_by_label() -> None:
+    rows = tuple(Row(text=f"text {n}", label=str(n // 100)) for n in range(400))
+    data = tokenized(Rows("sorted", "labelled", rows), tiny_model("bert").tokenizer, window=32)
+    chosen = chosen_rows(data, max_tokens=data.n_tokens // 4, seed=0)
+    assert chosen == sorted(chosen)
+    assert len(chosen) == pytest.approx(100, abs=3)
+    assert data.labels_R is not None
+    assert np.bincount(data.labels_R[chosen]).min() > 10
+    assert chosen != chosen_rows(data, max_tokens=data.n_tokens // 4, seed=1)
+
+
+def test_a_checkpoint_that_was_never_written_is_not_promised(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, key="ours", tensors={"w": torch.ones(2)}, facts={})
+    assert Standing(tmp_path, "ours", Curve(None)).is_kept
+    assert not Standing(tmp_path, "another", Curve(None)).is_kept
+    assert not Standing(tmp_path / "none", "ours", Curve(None)).is_kept
