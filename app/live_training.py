@@ -69,10 +69,13 @@ def course(points: list[dict[str, Any]]) -> Course:
 def finished(variant_id: str, revision: int) -> Course | None:
     """The course that a made variant keeps; None where it was not trained."""
     detail = engine.variant_detail(variant_id, revision)
-    kept = {name: run for run, name in reversed(detail.frames)}
-    if not {"curve", "held_out"} <= set(kept):
+    run = next((run for run, name in detail.frames if name == "curve"), None)
+    if run is None:
         return None
-    frames = {name: engine.catalog().frame(kept[name], name) for name in FRAMES if name in kept}
+    kept = {name for of, name in detail.frames if of == run}  # a profile has "samples" of its own
+    if "held_out" not in kept:
+        return None
+    frames = {name: engine.catalog().frame(run, name) for name in FRAMES if name in kept}
     return Course(frames["curve"], frames["held_out"], frames.get("samples", NO_SAMPLES))
 
 

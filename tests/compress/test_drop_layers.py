@@ -146,7 +146,9 @@ def test_a_student_keeps_blocks_evenly_or_both_ends() -> None:
     assert evenly(30, 30) == tuple(range(30))
     anatomy = replace(tiny_model("llama").anatomy, blocks=tiny_model("llama").anatomy.blocks * 4)  # 12 blocks
     parse = get("compress", "drop_layers").parse
-    gone = {c: drop_layers._named(anatomy, parse({"criterion": c, "count": 7})) for c in ("even", "ends")}
+    gone = {
+        c: drop_layers.named_blocks(anatomy, parse({"criterion": c, "count": 7})) for c in ("even", "ends")
+    }
     assert gone["even"] == [1, 2, 4, 5, 7, 9, 10]  # 0, 2.75, 5.5, 8.25, 11 stay
     assert gone["ends"] == [3, 4, 5, 6, 7, 8, 9]  # of 5 that stay, 3 are lower ones
 
