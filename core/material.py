@@ -23,11 +23,13 @@ ROWS: dict[str, AskedKind] = {"text_classification": "labelled", "sentence_simil
 def material_of(
     evaluation: Method, source: str, settings: Any, *, learned: Sequence[Learned]
 ) -> Documents | LabelledImages | Rows:
-    """What ``source`` names, as this evaluation reads it; raises ``BadInput`` where it is nothing of that kind.
+    """What ``source`` names, as this evaluation reads it; raises ``BadInput`` where it is nothing of that kind, or was
+    learned from.
 
     The default is embedded text or digits; an evaluation of rows takes what the model last ``learned`` from, of which
     the held-out rows are measured on.
     """
+    from core.corpus.learned import refuse_learned
     from core.corpus.sources import open_rows
     from core.images.labelled import load_images
     from core.text.documents import load_documents
@@ -44,4 +46,6 @@ def material_of(
         return open_rows(learned[-1].source, kind=kind)
     if "vision" in evaluation.needs:
         return load_images("digits" if source == DEFAULT else source, limit=settings.max_images)
-    return load_documents(source, split="evaluation")
+    documents = load_documents(source, split="evaluation")
+    refuse_learned(documents, learned)
+    return documents

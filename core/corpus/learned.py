@@ -9,6 +9,7 @@ from core.errors import BadInput
 from core.models.learned import Learned
 from core.models.loaded import LoadedModel
 from core.text.disjoint import digest
+from core.types import Documents
 
 HEX = 16
 """Characters kept of a question's hash: two of a million different questions meet with a chance of 3e-8."""
@@ -57,8 +58,25 @@ def never_learned(rows: Rows, models: Sequence[LoadedModel]) -> Rows:
     return rows.take(kept, named=f"{rows.name} (held out)", notes=(note,))
 
 
+def refuse_learned(documents: Documents, learned: Sequence[Learned]) -> None:
+    """Raise ``BadInput`` where a model learned from some of the documents that it is to be measured on."""
+    known = {question for one in learned for question in one.questions}
+    met = [text for text in documents.texts if _hash(text) in known]
+    if met:
+        names = ", ".join(dict.fromkeys(one.name for one in learned))
+        raise BadInput(
+            f"{len(met):,} of {len(documents.texts):,} documents of {documents.name} were learned from (in {names}), the "
+            f"first begins {' '.join(met[0].split())[:60]!r}; a number measured on them would mean nothing: measure on "
+            "text that was not trained on, such as pydoc"
+        )
+
+
 def _questions(rows: Rows) -> list[str]:
     """A pair's order does not count."""
     if rows.kind == "pairs":
         return [key[:HEX] for key in rows.keys]
-    return [digest(fold(row.given)).hex()[:HEX] for row in rows.rows]
+    return [_hash(row.given) for row in rows.rows]
+
+
+def _hash(text: str) -> str:
+    return digest(fold(text)).hex()[:HEX]

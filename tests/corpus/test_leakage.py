@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 
 from core.corpus.leakage import duplicates, leaks, refuse_leakage
+from core.corpus.learned import remember
 from core.corpus.rows import Message, Row, Rows
+from core.corpus.sources import open_rows
 from core.errors import BadInput
+from core.material import material_of
+from core.registry import get
 from core.types import Documents
+from tests.tiny import tiny_model
 
 LONG = "A paragraph of more than eighty characters that stands in two documents, word for word."
 
@@ -40,3 +45,17 @@ def test_evaluation_text_in_a_conversations_answer_leaks():
 
 def test_duplicates_are_listed_by_how_often():
     assert list(duplicates(rows("a", "b", "A", "c", "b", "a ")).values()) == [[0, 2, 5], [1, 4]]
+
+
+def test_text_that_was_learned_from_is_not_measured_on(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(f"Paragraph {n} tells of {n * n} things. " * 60 for n in range(40)))
+    rows = open_rows(str(path))
+    loaded = tiny_model("llama")
+    monkeypatch.setattr(loaded, "learned", ())
+    remember(loaded, str(path), rows, rows)
+    evaluation = get("evaluate", "language_modelling")
+    plain = evaluation.parse({})
+    with pytest.raises(BadInput, match=r"learned from \(in book"):
+        material_of(evaluation, str(path), plain, learned=loaded.learned)
+    assert material_of(evaluation, "pydoc", plain, learned=loaded.learned).texts
