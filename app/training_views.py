@@ -66,7 +66,7 @@ def training_of(card: ModelCard, recipe: Recipe, *, n_tokens: int | None = None)
         teacher_s,
         tokens * per_token_s + teacher_s + held_out_s,
         _memory(card, student, settings, rows, teacher=bool(live or cached)),
-        int(cached * min(tokens, n_tokens or tokens) * _cache_bytes(card.anatomy, settings)),
+        int(cached * min(tokens, n_tokens or tokens) * _cache_bytes(card, settings)),
     )
 
 
@@ -80,11 +80,11 @@ def _teacher_passes(settings: TrainingSettings) -> tuple[float, float]:
     return (settings.on_policy, 1.0) if settings.kd_weight else (0.0, 0.0)
 
 
-def _cache_bytes(anatomy: Anatomy, settings: TrainingSettings) -> float:
-    """Of one token: ids of 2 or 4 bytes, log-probabilities of 2, and the tail's."""
-    if not isinstance(settings, DistilSettings):
+def _cache_bytes(card: ModelCard, settings: TrainingSettings) -> float:
+    """Of one token: ids of 2 or 4 bytes, log-probabilities of 2, and the tail's; answers to whole texts stay in memory."""
+    if not isinstance(settings, DistilSettings) or card.family != "decoder":
         return 0.0
-    return settings.top_k * ((2 if anatomy.vocab_size <= 65_536 else 4) + 2) + 2
+    return settings.top_k * ((2 if card.anatomy.vocab_size <= 65_536 else 4) + 2) + 2
 
 
 def _memory(

@@ -19,7 +19,7 @@ MANY = 6
 """More jobs than this are a table, not cards."""
 KINDS = ("compress", "evaluate", "profile")
 GROUP = 200
-LINE, WRAPPED_PX = 56, 76
+LINE, WRAPPED_PX = 56, 56
 """Letters of a recipe in one line of the table, and the height of a row that takes three: a control differs at its end."""
 
 
