@@ -31,6 +31,7 @@ STEPS: dict[str, tuple[str, list[tuple[str, dict[str, Any]]]]] = {
 }
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("case", STEPS)
 def test_codes_and_scales_come_back(case: str, tmp_path: Path) -> None:
     family, steps = STEPS[case]

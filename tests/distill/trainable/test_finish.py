@@ -84,6 +84,7 @@ CASES = {
 }
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_left_is_what_a_reload_gives(case: str, tmp_path: Path):
     family, train, method, changes, rate = CASES[case]
