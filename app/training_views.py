@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from app import format as fmt
 from app.distil_views import STRUCTURAL, Student, student_of, training_index, work_share
 from core.distill.settings import DistilSettings, TrainingSettings
-from core.models.anatomy import Anatomy
 from core.models.sizes import ModelCard
 from core.recipe import Recipe
 from core.registry import Method
