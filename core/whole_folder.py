@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from core.durable import flush
 from core.errors import SlimscopeError
 
 SPARE_BYTES = 16 << 20
@@ -32,7 +32,7 @@ def whole_folder(folder: Path, nbytes: int, *, refuse: type[SlimscopeError]) -> 
         yield incoming
         for path in incoming.rglob("*"):
             if path.is_file():
-                _flush(path)
+                flush(path)
         incoming.rename(folder)
     except Exception as error:
         # safetensors reports a full disk as its own error, with the number only in the text.
@@ -54,8 +54,3 @@ def refuse_full_disk(folder: Path, nbytes: int, *, refuse: type[SlimscopeError])
             f"the disk of {place} has {free / 1e6:.0f} MB free but this needs {(nbytes + SPARE_BYTES) / 1e6:.0f} MB; "
             "free some space or choose another folder"
         )
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())

@@ -19,6 +19,7 @@ from uuid import uuid4
 
 import psutil
 
+from core.durable import flush
 from core.errors import BadInput, CatalogError
 from core.types import content_hash
 
@@ -121,19 +122,11 @@ class ArtifactStore:
 
     def _rename_durably(self, folder: Path, target: Path, contents: Contents) -> None:
         for name in contents.files:
-            _fsync(folder / name)
+            flush(folder / name)
         try:
             folder.replace(target)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             return  # another process brought the same content in the meantime
-        _fsync(self.root)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        flush(self.root)

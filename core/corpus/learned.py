@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from core.corpus.rows import Rows, fold
+from core.corpus.rows import Row, Rows
 from core.errors import BadInput
 from core.models.learned import Learned
 from core.models.loaded import LoadedModel
-from core.text.disjoint import digest
 from core.types import Documents
 
 HEX = 16
@@ -61,7 +60,8 @@ def never_learned(rows: Rows, models: Sequence[LoadedModel]) -> Rows:
 def refuse_learned(documents: Documents, learned: Sequence[Learned]) -> None:
     """Raise ``BadInput`` where a model learned from some of the documents that it is to be measured on."""
     known = {question for one in learned for question in one.questions}
-    met = [text for text in documents.texts if _hash(text) in known]
+    asked = _questions(Rows(documents.name, "text", tuple(Row(text=text) for text in documents.texts)))
+    met = [text for text, question in zip(documents.texts, asked, strict=True) if question in known]
     if met:
         names = ", ".join(dict.fromkeys(one.name for one in learned))
         raise BadInput(
@@ -72,11 +72,4 @@ def refuse_learned(documents: Documents, learned: Sequence[Learned]) -> None:
 
 
 def _questions(rows: Rows) -> list[str]:
-    """A pair's order does not count."""
-    if rows.kind == "pairs":
-        return [key[:HEX] for key in rows.keys]
-    return [_hash(row.given) for row in rows.rows]
-
-
-def _hash(text: str) -> str:
-    return digest(fold(text)).hex()[:HEX]
+    return [key[:HEX] for key in rows.keys]

@@ -7,12 +7,12 @@ file or the new one, and a full disk leaves the old one. Knows no model.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.durable import whole_file
 from core.errors import refused_by_system
 
 if TYPE_CHECKING:
@@ -40,18 +40,12 @@ def write_checkpoint(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    part = folder / f".{NAME}.part"
+    header = {"key": key, "facts": json.dumps(facts)}
+    ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
-        header = {"key": key, "facts": json.dumps(facts)}
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part, metadata=header
-        )
-        with part.open("rb") as stream:
-            os.fsync(stream.fileno())
-        part.replace(folder / NAME)
-        _flush_names(folder)
+        with whole_file(folder / NAME) as part:
+            save_file(ready, part, metadata=header)
     except (OSError, SafetensorError) as problem:
-        part.unlink(missing_ok=True)
         return refused_by_system(problem) if isinstance(problem, OSError) else str(problem)
     return ""
 
@@ -86,12 +80,3 @@ def _facts(folder: Path, key: str) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = json.loads(header["facts"])
     return found if header["key"] == key else None
-
-
-def _flush_names(folder: Path) -> None:
-    """Make a rename survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

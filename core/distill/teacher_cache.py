@@ -13,7 +13,6 @@ Legend: N targets, K kept tokens, R rows of the data.
 from __future__ import annotations
 
 import fcntl
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from core.distill.live_teacher import LiveTeacher
 from core.distill.losses.fused_head import blocks
 from core.distill.teacher_rows import Dense, TopK, top_k_of
+from core.durable import whole_file
 from core.errors import BadInput, CannotCompress
 from core.lazy import torch
 from core.paths import cache_dir
@@ -154,7 +154,7 @@ def build(
             f"{data.name} has no token to learn, so a teacher has nothing to say of it; choose other data"
         )
     key = cache_key(teacher, data, top_k=top_k, temperature=temperature)
-    place = (folder or cache_dir() / "teacher_rows") / key.name
+    place = (folder or cache_dir() / "teachers") / key.name
     place.mkdir(parents=True, exist_ok=True)
     shards = list(_shards(data))
     with _alone(place, progress, data.n_targets):
@@ -210,19 +210,14 @@ def _write_shard(
         "targets_R": torch.tensor(counts, dtype=torch.int32),
         "ids_NK": ids_NK[:at], "log_p_NK": log_p_NK[:at], "log_tail_N": log_tail_N[:at],
     }  # fmt: skip
-    file = place / f".{_shard_name(number)}.{os.getpid()}.part"
     try:
-        save_file(tensors, file)
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-        file.replace(place / _shard_name(number))
+        with whole_file(place / _shard_name(number)) as file:
+            save_file(tensors, file)
     except Exception as error:  # safetensors has an error of its own for what the disk refuses
         raise CannotCompress(
             f"the teacher's rows could not be written to {place.parent} ({error}); the shards before are kept: free some "
             "space and start again, or choose a smaller top_k"
         ) from error
-    finally:
-        file.unlink(missing_ok=True)
 
 
 def _targets_by_row(batch: Batch) -> list[int]:

@@ -25,7 +25,6 @@ from core.distill.students import shared_vocabulary
 from core.distill.teacher_cache import TeacherCache, build
 from core.errors import BadInput
 from core.models.loaded import LoadedModel
-from core.paths import cache_dir
 from core.types import Progress
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ def _teacher(
     with Processes().first_goes_first():
         kept: TeacherCache = build(
             live, read.training, top_k=settings.top_k, temperature=settings.temperature,
-            folder=cache_dir() / "teachers", progress=progress,
+            progress=progress,
         )  # fmt: skip
     said = (
         f"The teacher read the training rows once: its {kept.key.top_k} likeliest tokens and the mass of all others are "

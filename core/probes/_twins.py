@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from core.errors import BadInput
@@ -58,10 +58,10 @@ def refuse_other_tokens(
         )
 
 
-def conditions(encoded: Encoded, reference: LoadedModel, path: Fp32Path) -> dict[str, Any]:
-    """What the numbers depend on beside the variant: the original, and how float32 was computed."""
+def conditions(read: Mapping[str, Any], reference: LoadedModel, path: Fp32Path) -> dict[str, Any]:
+    """What the numbers depend on beside the variant: what was ``read``, the original, and how float32 was computed."""
     return {
-        "tokens": encoded.n_tokens,
+        **read,
         "reference": str(reference.ref),
         "reference_fingerprint": reference.fingerprint,
         "fp32_path": path.name,

@@ -123,7 +123,7 @@ def compression_drift(
             method="compression_drift",
             settings=settings,
             started=started,
-            conditions=conditions(encoded, reference, path),
+            conditions=conditions({"tokens": encoded.n_tokens}, reference, path),
             exactness_gap=errors.gap,
             exactness_check="largest |own + inherited − total error| of a block, as a share of its output's largest value",
         ),

@@ -22,6 +22,7 @@ from core.probes._clustered import described
 from core.probes._provenance import provenance
 from core.probes._tokens import limit_cells
 from core.probes._twin_text import PROMPT, TwinText, TwinTextSettings, read_twin_text, twin_cost
+from core.probes._twins import conditions
 from core.registry import Example, method
 from core.types import Metric, Progress, Prompt, Result, View
 
@@ -106,13 +107,7 @@ def layer_alignment(
             method="layer_alignment",
             settings=settings,
             started=started,
-            conditions={
-                **text.conditions,
-                "reference": str(reference.ref),
-                "reference_fingerprint": reference.fingerprint,
-                "layer_map": taught.how,
-                "fp32_path": path.name,
-            },
+            conditions=conditions({**text.conditions, "layer_map": taught.how}, reference, path),
             exactness_gap=float(np.abs(np.array(gaps) - 1).max()),
             exactness_check="largest |CKA − 1| of the last layer with itself rotated and tripled, in any group",
         ),

@@ -24,6 +24,7 @@ from core.models.fp32_path import fast_fp32
 from core.probes._provenance import provenance
 from core.probes._token_kinds import EDGES, KINDS, NATS, banded, form_of, frequency_classes, repeated_classes
 from core.probes._twin_text import PROMPT, TwinText, TwinTextSettings, read_twin_text, twin_cost
+from core.probes._twins import conditions
 from core.registry import Example, method
 from core.types import Metric, Progress, Prompt, Result, View
 
@@ -114,12 +115,7 @@ def lost_tokens(
             method="lost_tokens",
             settings=settings,
             started=started,
-            conditions={
-                **text.conditions,
-                "reference": str(reference.ref),
-                "reference_fingerprint": reference.fingerprint,
-                "fp32_path": path.name,
-            },
+            conditions=conditions(text.conditions, reference, path),
             exactness_gap=_gap(kinds, tokens),
             exactness_check="largest |Σ over classes of share × mean loss − mean loss of all tokens| of any kind, nats",
         ),

@@ -21,6 +21,7 @@ from core.probes._clustered import described
 from core.probes._head_twins import Habits, HeadPairs, look
 from core.probes._provenance import provenance
 from core.probes._twin_text import PROMPT, TwinText, TwinTextSettings, read_twin_text, twin_cost
+from core.probes._twins import conditions
 from core.registry import Example, method
 from core.types import Metric, Progress, Prompt, Result, View
 
@@ -115,12 +116,7 @@ def matched_heads(
             method="matched_heads",
             settings=settings,
             started=started,
-            conditions={
-                **text.conditions,
-                "reference": str(reference.ref),
-                "reference_fingerprint": reference.fingerprint,
-                "fp32_path": path.name,
-            },
+            conditions=conditions(text.conditions, reference, path),
             exactness_gap=max(gaps),
             exactness_check="largest |row sum − 1| of any attention pattern",
             attention_kernel="eager",

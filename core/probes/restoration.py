@@ -124,7 +124,7 @@ def restoration(
             method="restoration",
             settings=settings,
             started=started,
-            conditions=conditions(encoded, reference, path),
+            conditions=conditions({"tokens": encoded.n_tokens}, reference, path),
             exactness_gap=abs(unchanged - lost),
             exactness_check="|KL change|, nats, when a part is replaced by what the variant itself computed there",
         ),

@@ -31,7 +31,7 @@ from core.probes._provenance import provenance
 from core.probes._rerouted import Pieces, runs_cost
 from core.probes._routed_text import TextSettings, place_of
 from core.probes._routing_drift import compare, names_of
-from core.probes._twins import refuse_another_shape, refuse_other_tokens
+from core.probes._twins import conditions, refuse_another_shape, refuse_other_tokens
 from core.registry import Example, method
 from core.types import Cost, Metric, Progress, Prompt, Result, View
 
@@ -137,12 +137,7 @@ def routing_drift(
             method="routing_drift",
             settings=settings,
             started=started,
-            conditions={
-                **pieces.conditions,
-                "reference": str(reference.ref),
-                "reference_fingerprint": reference.fingerprint,
-                "fp32_path": path.name,
-            },
+            conditions=conditions(pieces.conditions, reference, path),
             exactness_gap=max(gaps),
             exactness_check="largest |surprisal when the variant replays its own routing − its surprisal|",
         ),
