@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from core.corpus.rows import Row, Rows
+from core.corpus.leakage import SHOWN, as_rows, excerpt
+from core.corpus.rows import Rows
 from core.errors import BadInput
 from core.models.learned import Learned
 from core.models.loaded import LoadedModel
@@ -12,7 +13,6 @@ from core.types import Documents
 
 HEX = 16
 """Characters kept of a question's hash: two of a million different questions meet with a chance of 3e-8."""
-SHOWN = 3
 
 
 def remember(loaded: LoadedModel, source: str, rows: Rows, train: Rows) -> None:
@@ -38,9 +38,7 @@ def never_learned(rows: Rows, models: Sequence[LoadedModel]) -> Rows:
     if not met:
         return rows
     if rows.fingerprint not in {one.fingerprint for one in learned}:
-        examples = "; ".join(
-            f"row {n + 1} ({' '.join(rows.rows[n].given.split())[:60]!r})" for n in met[:SHOWN]
-        )
+        examples = "; ".join(f"row {n + 1} ({excerpt(rows.rows[n].given)!r})" for n in met[:SHOWN])
         names = ", ".join(dict.fromkeys(one.name for one in learned))
         raise BadInput(
             f"{len(met):,} of {len(rows):,} rows of {rows.name} were learned from (in {names}): {examples}; a number "
@@ -60,13 +58,13 @@ def never_learned(rows: Rows, models: Sequence[LoadedModel]) -> Rows:
 def refuse_learned(documents: Documents, learned: Sequence[Learned]) -> None:
     """Raise ``BadInput`` where a model learned from some of the documents that it is to be measured on."""
     known = {question for one in learned for question in one.questions}
-    asked = _questions(Rows(documents.name, "text", tuple(Row(text=text) for text in documents.texts)))
+    asked = _questions(as_rows(documents))
     met = [text for text, question in zip(documents.texts, asked, strict=True) if question in known]
     if met:
         names = ", ".join(dict.fromkeys(one.name for one in learned))
         raise BadInput(
             f"{len(met):,} of {len(documents.texts):,} documents of {documents.name} were learned from (in {names}), the "
-            f"first begins {' '.join(met[0].split())[:60]!r}; a number measured on them would mean nothing: measure on "
+            f"first begins {excerpt(met[0])!r}; a number measured on them would mean nothing: measure on "
             "text that was not trained on, such as pydoc"
         )
 
