@@ -163,8 +163,8 @@ class Recipe(BaseModel):
         return content_hash(self.model_dump(mode="json"))
 
     def variant_id(self, base_fingerprint: str) -> str:
-        """The id of the variant this recipe makes from that base: 12 hex digits."""
-        return content_hash([base_fingerprint, self.model_dump(mode="json")])[:12]
+        """The id of the variant this recipe makes from that base: 12 hex digits; the same for a path however written."""
+        return content_hash([base_fingerprint, self.located.model_dump(mode="json")])[:12]
 
     def label(self) -> str:
         """A short human name, e.g. ``rtn bits=4 scheme=symmetric``."""

@@ -82,3 +82,11 @@ def test_other_calibration_text_makes_another_variant_with_another_name():
     assert other.variant_id("base") != default.variant_id("base")
     assert other.label() == f"{default.label()} on domain:python"
     assert Recipe.parse(json.loads(other.canonical())) == other
+
+
+def test_a_path_is_the_same_variant_however_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here, whole = (Recipe.of("fine_tune", data=data) for data in ("rows.tsv", str(tmp_path / "rows.tsv")))
+    assert here != whole
+    assert here.variant_id("base") == whole.variant_id("base") == here.located.variant_id("base")
+    assert here.variant_id("base") != Recipe.of("fine_tune", data="other.tsv").variant_id("base")
