@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from core.commands import pairs
+from core.located import located_source
 from core.output import terminal_progress
 
 
@@ -15,12 +15,11 @@ def distil_command(args: argparse.Namespace) -> Any:
     from core.catalog.store import Catalog
     from core.entries import opened
     from core.loop import make_variant
-    from core.models.sizes import model_card
     from core.registry import get
     from core.student_recipes import Shape, distilled, parsed_step, template_of
 
     catalog, progress = Catalog(), terminal_progress()
-    n_layers = model_card(opened(catalog, args.model, progress=progress)).anatomy.n_layers
+    n_layers = opened(catalog, args.model, progress=progress).anatomy.n_layers
     given = pairs(args.set)
     given |= {name: value for name in ("data", "teacher") if (value := getattr(args, name)) is not None}
     method = "distil"
@@ -53,11 +52,8 @@ def data_command(args: argparse.Namespace) -> Any:
     tokenizer = None
     if args.model is not None:
         tokenizer = opened(Catalog(), args.model, progress=terminal_progress()).tokenizer
-    source = args.source
-    if Path(source).expanduser().exists():
-        source = str(Path(source).expanduser().resolve())
     result = preview(
-        source,
+        located_source(args.source),
         tokenizer,
         kind=args.kind,
         window=args.window,

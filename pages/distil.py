@@ -68,11 +68,8 @@ if not offered:
 draft = drafts.current()
 at = training_index(draft.recipe)
 if at is None:
-    steps = offered[0].recipe(card.anatomy.n_layers).steps
-    draft, at = (
-        Draft(steps, offered[0].recipe(card.anatomy.n_layers).calibration, version=draft.version),
-        len(steps) - 1,
-    )
+    first = offered[0].recipe(card.anatomy.n_layers)
+    draft, at = Draft(first.steps, first.calibration, version=draft.version), len(first.steps) - 1
 draft = replace(draft, chosen=at)
 st.caption(
     f"From {esc(state.model_name(model))}, chosen on the left. What it becomes, and how that is trained, is a recipe like any other."
