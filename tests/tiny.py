@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -318,12 +319,11 @@ def _byte_level_bpe() -> Any:
 
 def _wordpiece() -> Any:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    vocabulary = {piece: i for i, piece in enumerate([*special, *_word_pieces(VOCAB - len(special))])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=VOCAB, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -338,6 +338,26 @@ def _wordpiece() -> Any:
         mask_token="[MASK]",
         model_max_length=256,
     )
+
+
+def _word_pieces(n: int) -> list[str]:
+    """Every letter, every word of the corpus, then the most frequent beginnings, middles and ends of words.
+
+    Counted here since the library's trainer breaks ties by a hash that differs from process to process.
+    """
+    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    text = normalizer.normalize_str(" ".join(CORPUS))
+    words = [word for word, _ in splitter.pre_tokenize_str(text)]
+    letters = set(text.replace(" ", ""))
+    parts = Counter(
+        "##" * (start > 0) + word[start:end]
+        for word in words
+        for start in range(len(word))
+        for end in range(start + 2, min(start + 4, len(word)) + 1)
+    )
+    frequent = sorted(parts, key=lambda part: (-parts[part], part))
+    pieces = [*sorted(letters), *(f"##{letter}" for letter in sorted(letters)), *sorted({*words}), *frequent]
+    return list(dict.fromkeys(pieces))[:n]
 
 
 def n_hooks(model: Any) -> int:
