@@ -2,8 +2,8 @@
 PYTHON    ?= python3
 PIP_FLAGS ?=
 PORT      ?= 8501
-# Two files at a time: many tests wait for processes that they start.
-WORKERS   ?= -n 2 --dist loadfile
+# Two files at a time, in the order of tests/conftest.py: many tests wait for processes that they start.
+WORKERS   ?= -n 2 --dist loadfile --no-loadscope-reorder
 VENV      := .venv
 BIN       := $(VENV)/bin
 PIP       := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)

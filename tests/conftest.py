@@ -1,4 +1,4 @@
-"""The one Chromium of a test session, since Playwright cannot be started twice in a process; patient threads; and turns.
+"""The one Chromium of a test session, since Playwright cannot be started twice in a process; patient threads; turns; and long files first.
 
 Tests marked ``rotating`` take turns: each day runs a third of them, chosen by name, so that all have run after three
 days. ``SLIMSCOPE_ROTATION`` names a turn (0, 1, 2) or ``all``.
@@ -13,7 +13,9 @@ import datetime
 import os
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +33,10 @@ FLAGS = [
     "--disable-sync",
 ]
 TURNS = 3
+SECONDS = {"browser": 30, "slow": 20}
+"""What a test of this mark takes, roughly."""
+PROCESSES = {"faults", "jobs", "inspector", "test_cli.py", "test_loop.py", "test_sweep.py"}
+"""Tests that start processes of their own, marked or not."""
 
 
 def pytest_report_header() -> str:
@@ -38,7 +44,20 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out whose turn it is not; a test that was named on the command line is always run."""
+    """Leave out whose turn it is not, and put the files that take longest first.
+
+    A long file that is begun last keeps one worker busy while the others have nothing left to do.
+    """
+    _leave_out(config, items)
+    seconds: Counter[Path] = Counter()
+    for item in items:
+        marked = [took for mark, took in SECONDS.items() if item.get_closest_marker(mark)]
+        seconds[item.path] += max([*marked, 5 * any(part in PROCESSES for part in item.path.parts), 1])
+    items.sort(key=lambda item: -seconds[item.path])  # stable: a file's tests stay together and in order
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Whose turn it is not waits; a test that was named on the command line is always run."""
     turn = _turn()
     if turn == "all" or any("::" in argument for argument in config.args):
         return
