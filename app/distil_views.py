@@ -157,18 +157,19 @@ def misfit(card: ModelCard, recipe: Recipe) -> str | None:
 # --- sizes ----------------------------------------------------------------------------------------------
 
 
-def parts_frame(parts: Parts) -> pd.DataFrame:
+def parts_frame(card: ModelCard, parts: Parts) -> pd.DataFrame:
     """One row per component: numbers and megabytes of teacher and student, and the student's share of the bytes.
 
-    The teacher's bytes are of float32, what it is trained and compared in; the student's of what will be stored.
+    The teacher's bytes are its share of the files that were opened; the student's those of what will be stored.
     """
+    width = card.file_bytes / sum(parts.before.values())
     rows = [
         {
             "component": fmt.label(component),
             "teacher": n,
             "student": parts.left[component],
             "bits": parts.bits[component],
-            "teacher_mb": n * 4 / 1e6,
+            "teacher_mb": n * width / 1e6,
             "student_mb": parts.left[component] * parts.bits[component] / 8e6,
         }
         for component, n in parts.before.items()
@@ -202,7 +203,7 @@ def size_line(card: ModelCard, student: Student) -> str:
     n = sum(student.parts.left.values())
     return (
         f"{fmt.count(n)} of {fmt.count(card.parameters)} parameters, about {fmt.size(student.parts.bytes)}, "
-        f"{student.parts.bytes / (card.parameters * 4):.0%} of float32"
+        f"{student.parts.bytes / card.file_bytes:.0%} of the teacher's {fmt.size(card.file_bytes)}"
     )
 
 

@@ -51,7 +51,9 @@ def training_of(card: ModelCard, recipe: Recipe, *, n_tokens: int | None = None)
     share = work_share(card, student.parts)
     rows = settings.micro_batch * min(settings.window, card.anatomy.context_length)
     forward_s = card.pace.seconds(rows) / rows
-    passes = PASSES.get(settings.train, FULL) + (1.0 if settings.gradient_checkpointing else 0.0)
+    # Updates behind a grid's rounding need the gradient of the whole weight.
+    passes = PASSES.get(settings.train, FULL) if student.bits is None else FULL
+    passes += 1.0 if settings.gradient_checkpointing else 0.0
     tokens = settings.max_tokens if n_tokens is None else min(settings.max_tokens, n_tokens * settings.epochs)
     live, cached = _teacher_passes(settings)
     per_token_s = forward_s * (share * passes + live)

@@ -28,8 +28,6 @@ NARROW = 15.0
 """Bits per value below which weights are packed: codes, scales and shapes beside them."""
 LINE = 90
 """Bytes of a tensor's line in a safetensors header beside its module's name: dtype, shape, offsets."""
-NARROW = 15.0
-"""Bits per value below which weights are packed: codes, scales and shapes beside them."""
 LINE = 90
 """Bytes of a tensor's line in a safetensors header beside its module's name: dtype, shape, offsets."""
 WIDTH = {"float32": 32, "bfloat16": 16, "float16": 16}

@@ -111,7 +111,7 @@ with st.container(border=True):
         st.caption(esc(speed_line(card, student)))
         cost = st.container(gap="xsmall")
         if student.parts is not None:
-            parts_table(parts_frame(student.parts))
+            parts_table(parts_frame(card, student.parts))
     n_tokens = data_preview(shown, model, card)
     with cost:
         cost_lines(card, shown, n_tokens=n_tokens)

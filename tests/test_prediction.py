@@ -91,6 +91,7 @@ def test_work_is_told_only_by_steps_that_tell_it(tmp_path):
     assert (silent_work.seconds, silent_work.peak_bytes) == (None, None)
     assert silent_work.untold == ("prune_experts",)
     assert predicted_work(card, Recipe.of("cast")).seconds == 0.5
+    assert predicted_work(card, Recipe.of("rtn")).seconds == 0.5
     told = predicted_work(card, Recipe.of("gptq", samples=16, sample_tokens=64))
     cost = get("compress", "gptq").cost(
         card.anatomy, 64, get("compress", "gptq").parse({"samples": 16, "sample_tokens": 64})

@@ -220,7 +220,7 @@ def parts_table(frame: pd.DataFrame) -> None:
                 "MB", format="%.2f", help="Of the student, as it will be stored; predicted", width=56
             ),
             "share": column.NumberColumn(
-                "Share", help="Its bytes as a share of the teacher's in float32", format="%.0f %%", width=56
+                "Share", help="Its bytes as a share of those in the teacher's files", format="%.0f %%", width=56
             ),
         },
     )  # fmt: skip

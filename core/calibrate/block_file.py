@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.durable import whole_file
 from core.lazy import torch
 from core.models.anatomy import Block
 from core.models.loaded import LoadedModel
@@ -33,10 +33,9 @@ def write_block(file: Path, loaded: LoadedModel, block: Block, report: Any) -> N
     for name, parameter in loaded.model.named_parameters():
         if name.startswith(f"{block.path}.") and name.removesuffix(".weight") not in inside:
             tensors[name] = parameter.detach().contiguous()
-    part = file.with_name(f".{file.name}.{os.getpid()}")
     header = {"report": json.dumps(report), "packed": json.dumps(forms)}
-    save_file(tensors, part, metadata=header)
-    part.replace(file)
+    with whole_file(file) as part:
+        save_file(tensors, part, metadata=header)
 
 
 def read_block(file: Path, loaded: LoadedModel) -> Any:

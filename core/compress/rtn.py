@@ -9,14 +9,19 @@ from core.models.targets import targets
 from core.quantize.grid import GridSettings, assign, grid_notes, put_nearest
 from core.registry import method
 from core.saving.report import VIEWS, headline, table, untouched_note
-from core.types import Documents, Progress, Provenance, Result
+from core.types import Cost, Documents, Progress, Provenance, Result
 
 
 class RtnSettings(GridSettings):
     """Which grid, and how the two big tables are kept."""
 
 
-@method("compress", title="Round to nearest", paper="https://arxiv.org/abs/2210.17323")
+@method(
+    "compress",
+    title="Round to nearest",
+    paper="https://arxiv.org/abs/2210.17323",
+    cost=lambda anatomy, n_tokens, settings: Cost(1),
+)
 def run(
     loaded: LoadedModel, calibration: Documents | None, progress: Progress, settings: RtnSettings
 ) -> Result:
