@@ -26,8 +26,8 @@ import sys
 from pathlib import Path
 
 from core.models.open import local_folder
+from core.profile.fresh import child_environment
 from core.profile.runtimes.torch_eager import TorchEagerSettings, run
-from core.profile.session import child_environment
 from core.types import ModelRef, Result
 
 HEADLINES = (

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,9 +25,23 @@ from core.profile.memory import peak_resident_bytes, reset_peak, resident_bytes
 from core.profile.protocol import Protocol
 from core.profile.quantiles import quantile
 from core.profile.runtimes._base import Clock, Prepared, ProfileSettings, Runtime
+from core.profile.runtimes._loading import create, settings_of
 from core.profile.steady import is_steady
+from core.types import Progress
 
 Notify = Callable[[str], None]
+
+
+def answer(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """What the measuring process does: ``{"runtime", "folder", "files", "settings"}`` to ``Measured`` as JSON."""
+    settings = settings_of(request["runtime"], request["settings"])
+    runtime = create(request["runtime"], settings, Path(request["files"]))
+    start, longest = time.perf_counter(), settings.protocol().longest_s
+
+    def notify(message: str) -> None:
+        progress(min(time.perf_counter() - start, longest), longest, message)
+
+    return measure(runtime, Path(request["folder"]), settings, notify=notify).model_dump(mode="json")
 
 
 def measure(runtime: Runtime, folder: Path, settings: ProfileSettings, *, notify: Notify) -> Measured:
@@ -36,6 +50,7 @@ def measure(runtime: Runtime, folder: Path, settings: ProfileSettings, *, notify
     # 1) Ready: configuration, inputs, and the files read once, so that load_ms is of a warm page cache.
     prepared = runtime.prepare(folder)
     inputs = make_inputs(prepared, protocol)
+    before_decode = inputs if prepared.family != "decoder" else at_depth(inputs, prepared, protocol)
     files = digest(folder)
     baseline = resident_bytes()
 
@@ -59,7 +74,10 @@ def measure(runtime: Runtime, folder: Path, settings: ProfileSettings, *, notify
     if prepared.family == "decoder":
         recorder.phase("prefill", lambda: runtime.prefill(inputs))
         recorder.phase(
-            "decode", runtime.decode, before=lambda: runtime.prefill(inputs), repeats=protocol.new_tokens
+            "decode",
+            runtime.decode,
+            before=lambda: runtime.prefill(before_decode),
+            repeats=protocol.new_tokens,
         )
     else:
         recorder.phase("forward", lambda: runtime.prefill(inputs))
@@ -89,14 +107,24 @@ def make_inputs(prepared: Prepared, protocol: Protocol) -> np.ndarray:
     random = np.random.default_rng(protocol.seed)
     if prepared.image_shape is not None:
         return random.uniform(-1, 1, (protocol.batch, *prepared.image_shape)).astype(np.float32)
-    wanted = protocol.prompt_tokens + (protocol.new_tokens if prepared.family == "decoder" else 0)
+    decoding = (protocol.depth or protocol.prompt_tokens) + protocol.new_tokens
+    wanted = max(protocol.prompt_tokens, decoding if prepared.family == "decoder" else 0)
     if prepared.context_length is not None and wanted > prepared.context_length:
         raise BadInput(
             f"{wanted} tokens (prompt and new ones) do not fit into this model's context of "
-            f"{prepared.context_length}; lower prompt_tokens or new_tokens"
+            f"{prepared.context_length}; lower prompt_tokens, depth or new_tokens"
         )
     assert prepared.vocab_size is not None, "a text model has a vocabulary"
     return random.integers(0, prepared.vocab_size, (protocol.batch, protocol.prompt_tokens), dtype=np.int64)
+
+
+def at_depth(inputs: np.ndarray, prepared: Prepared, protocol: Protocol) -> np.ndarray:
+    """The prompt that decode steps follow: the prompt itself, or seeded ids [batch, depth]."""
+    if not protocol.depth:
+        return inputs
+    assert prepared.vocab_size is not None, "a decoder has a vocabulary"
+    shape = (protocol.batch, protocol.depth)
+    return np.random.default_rng(protocol.seed).integers(0, prepared.vocab_size, shape, dtype=np.int64)
 
 
 def digest(folder: Path) -> str:

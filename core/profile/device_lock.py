@@ -9,7 +9,8 @@ from __future__ import annotations
 import fcntl
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import IO
 
 from core.paths import data_dir
@@ -32,14 +33,20 @@ def exclusive(device: str, progress: Progress) -> Iterator[None]:
 
 
 @contextmanager
-def _lock(name: str, progress: Progress) -> Iterator[None]:
-    folder = data_dir() / "locks"
-    folder.mkdir(exist_ok=True)
-    with (folder / f"device-{name.replace(':', '-')}.lock").open("a") as file:
+def locked(path: Path, progress: Progress, *, waiting: str) -> Iterator[None]:
+    """Hold a lock file; says ``waiting`` while another process does."""
+    with path.open("a") as file:
         while not _taken(file):
-            progress(0, 1, f"waiting: another profile is running on {name}")
+            progress(0, 1, f"waiting: {waiting}")
             time.sleep(LOOK_AGAIN_S)
         yield  # closing the file frees the lock
+
+
+def _lock(name: str, progress: Progress) -> AbstractContextManager[None]:
+    folder = data_dir() / "locks"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"device-{name.replace(':', '-')}.lock"
+    return locked(path, progress, waiting=f"another profile is running on {name}")
 
 
 def _taken(file: IO[str]) -> bool:

@@ -7,7 +7,8 @@ to wait; it changes how much is measured, never what. Change a field or the loop
 The workload is fixed: the same seeded token ids for every model with the same vocabulary, greedy choice, the
 end-of-text token ignored, so that every model does the same amount of work. One prefill is one forward over the
 whole prompt from an empty cache, logits of the last position only, and the pick of the first token. One decode
-step is one forward of one token per sequence with the cache, and the pick of the next.
+step is one forward of one token per sequence with the cache, and the pick of the next. Decode steps follow a prompt of
+``depth`` tokens where that is asked for (version 2).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from core.types import content_hash
 Tier = Literal["rapid", "quick", "full"]
 
 NAME = "fixed-ids"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Protocol:
     new_tokens: int
     batch: int
     seed: int
+    depth: int = 0
+    """Tokens in the cache at the first decode step; 0 is the prompt's."""
+    parity: bool = True
+    """Whether the measured process's answers are held against the artifact's own before its speed is told."""
     contended_share: float = 0.10
     """Other processes' share of the CPUs, above which a sample counts as contended."""
     contention_span_s: float = 0.1

@@ -197,6 +197,7 @@ def _provenance(measured: Measured, runtime: str, settings: ProfileSettings) -> 
             "threads": settings.n_threads,
             "prompt_tokens": protocol.prompt_tokens,
             "new_tokens": protocol.new_tokens,
+            "depth": settings.decode_depth,
             "batch": protocol.batch,
             "tier": protocol.tier,
             "protocol_hash": protocol.hash,

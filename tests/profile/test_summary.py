@@ -183,7 +183,7 @@ def test_a_gpus_peak_is_the_allocators_and_the_hosts_stands_beside_it():
 
 def test_the_protocol_is_named_and_hashed():
     provenance = summarise(decoder(), "torch_eager", SETTINGS).provenance
-    assert provenance.protocol.startswith("fixed-ids/1 rapid ")
+    assert provenance.protocol.startswith("fixed-ids/2 rapid ")
     assert provenance.conditions["protocol_hash"] == SETTINGS.protocol().hash
     assert provenance.conditions["threads"] == 1
     assert SETTINGS.model_copy(update={"prompt_tokens": 101}).protocol().hash != SETTINGS.protocol().hash

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from core import errors
-from core.profile import device_lock, session
+from core.profile import device_lock, fresh
 from core.profile.device_lock import exclusive
 from core.profile.runtimes.torch_eager import TorchEagerSettings, run
 from core.types import silent
@@ -121,13 +121,13 @@ class KillTheChild:
     [(signal.SIGKILL, errors.OutOfMemory, "memory"), (signal.SIGSEGV, errors.WorkerDied, "SIGSEGV")],
 )
 def test_a_child_that_dies_is_an_error_with_its_cause(tmp_path, monkeypatch, signal_, kind, cause):
-    monkeypatch.setattr(session, "WAKE_S", 0.2)
+    monkeypatch.setattr(fresh, "WAKE_S", 0.2)
     with pytest.raises(kind, match=cause):
         run(tiny_folder("llama", tmp_path), KillTheChild(signal_), SETTINGS)
 
 
 def test_cancelling_kills_the_child_and_frees_the_device(tmp_path, monkeypatch):
-    monkeypatch.setattr(session, "WAKE_S", 0.2)
+    monkeypatch.setattr(fresh, "WAKE_S", 0.2)
     before = children()
     seen: set[int] = set()
 

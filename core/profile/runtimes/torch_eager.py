@@ -55,9 +55,9 @@ class TorchEagerSettings(ProfileSettings):
         return self.device
 
     @property
-    def suffix(self) -> str:
+    def marks(self) -> tuple[str, ...]:
         """Names the KV cache where it is not the model's own."""
-        return "" if self.kv_cache == "model" else f"_kv_{self.kv_cache}"
+        return () if self.kv_cache == "model" else (f"kv_{self.kv_cache}",)
 
 
 @method("profile", title="PyTorch, eager", needs=())
@@ -74,8 +74,12 @@ def run(folder: Path, progress: Progress, settings: TorchEagerSettings) -> Resul
     return profile_artifact(folder, "torch_eager", progress, settings)
 
 
-def create(settings: TorchEagerSettings) -> TorchEager:
-    """The runtime that the measuring process drives."""
+LIBRARIES: tuple[str, ...] = ()
+"""Nothing beside what everything here runs on."""
+
+
+def create(settings: TorchEagerSettings, files: Path) -> TorchEager:
+    """The runtime that the measuring process drives; ``files`` is the artifact's own folder."""
     return TorchEager(settings)
 
 
@@ -106,6 +110,7 @@ class TorchEager:
         self._model: Any = None
         self._cache: Any = None
         self._token: Any = None  # [batch, 1]
+        self._answer: Any = None  # the last forward's logits or hidden states, still where it left them
         self._library: str | None = None  # whose kernels run, where not torch's
 
     def prepare(self, folder: Path) -> Prepared:
@@ -177,21 +182,30 @@ class TorchEager:
         tensor = torch.from_numpy(inputs).to(self._settings.device)
         with self._forward():
             if inputs.ndim == 4:
-                self._model(pixel_values=tensor.to(self._model.dtype))
+                self._answer = _answer_of(self._model(pixel_values=tensor.to(self._model.dtype)))
             elif not self._generates:
-                self._model(input_ids=tensor, attention_mask=torch.ones_like(tensor))
+                self._answer = _answer_of(
+                    self._model(input_ids=tensor, attention_mask=torch.ones_like(tensor))
+                )
             else:
                 self._cache = new_cache(self._model, self._settings.kv_cache)
                 self._advance(tensor)
 
-    def decode(self) -> None:
-        """One forward of the last token with the cache."""
+    def decode(self, tokens_B1: np.ndarray | None = None) -> None:
+        """One forward of the last token, or of the given ones, with the cache."""
+        token = self._token if tokens_B1 is None else torch.from_numpy(tokens_B1).to(self._settings.device)
         with self._forward():
-            self._advance(self._token)
+            self._advance(token)
+
+    def logits(self) -> np.ndarray:
+        """The last forward's logits or hidden states."""
+        found = self._answer[:, -1] if self._generates else self._answer
+        array: np.ndarray = found.float().cpu().numpy()
+        return array
 
     def close(self) -> None:
         """Drop model and cache, restore the float32 path."""
-        self._model = self._cache = self._token = None
+        self._model = self._cache = self._token = self._answer = None
         self._globals.close()
 
     def facts(self) -> Facts:
@@ -231,7 +245,7 @@ class TorchEager:
     def _advance(self, ids_BP: Any) -> None:
         """Forward with the cache, logits of the last position only, and the greedy pick; end of text is ignored."""
         output = self._model(input_ids=ids_BP, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._cache = output.past_key_values
+        self._cache, self._answer = output.past_key_values, output.logits
         self._token = output.logits[:, -1:].argmax(-1)
 
     def _cache_bytes(self) -> int | None:
@@ -249,3 +263,8 @@ class TorchEager:
             self._settings.dtype == "stored" and stored in (None, torch.float32)
         )
         return float32 and self._settings.device == "cpu"
+
+
+def _answer_of(output: Any) -> Any:
+    """A model's logits, or the last hidden states of one without a head."""
+    return output["logits"] if "logits" in output else output["last_hidden_state"]
