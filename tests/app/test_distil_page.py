@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 
+import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
 
@@ -10,13 +12,15 @@ from app import drafts, engine
 from app.components.student_map import drawing
 from app.distil_templates import fitting
 from app.distil_views import misfit, student_of, toggled, work_share
-from app.live_training import course, headlines, loss_chart, running
+from app.live_training import course, finished, headlines, loss_chart, running
 from app.training_views import control_of, training_of
 from core.distill.curve import NAME
 from core.jobs.queue import Queue
 from core.models.pace import Pace
 from core.recipe import Recipe
+from core.recording import record
 from core.scratch import PREFIX
+from core.types import Result
 from tests.app.tradeoff_app import checked, new_catalog, open_page
 from tests.tiny import tiny_folder
 
@@ -176,6 +180,19 @@ def test_a_running_training_is_read_from_its_file(queue, model):
     figures = {label: (value, told) for label, value, told in headlines(shown)}
     assert figures["KL to teacher, held out"] == ("0.300 nats", "0.500 nats before")
     assert figures["Pace"] == ("250 tok/s", "36 s left, 1,000 read")
+
+
+def test_the_samples_of_a_profile_are_not_taken_for_generated_text(queue):
+    """A training that generated nothing keeps no samples; its profile keeps times under that name."""
+    (base,) = queue.catalog.variants()
+    made = course(POINTS)
+    trained = Result({"curve": made.updates, "held_out": made.held_out}, ())
+    timed = Result({"samples": pd.DataFrame({"value_ms": [1.0, 2.0]})}, ())
+    for kind, result in (("compress", trained), ("profile", timed)):
+        record(queue.catalog, kind, base.id, result, datetime.now(UTC))
+    shown = finished(base.id, engine.revision())
+    assert shown.samples.empty
+    assert len(shown.updates) == len(made.updates)
 
 
 def test_what_a_model_writes_stays_text():
