@@ -67,6 +67,8 @@ class Device:
     transport: Transport = "none"
     address: str = ""
     """An alias of ``~/.ssh/config``, or a serial number of ``adb devices``."""
+    python: str = ""
+    """The device's own Python to use, e.g. of an environment with onnxruntime; empty: whatever is found there."""
     power_mode: str = ""
     """A part of what the device is: other modes are other devices."""
     note: str = ""
@@ -94,6 +96,7 @@ class Entry(BaseModel):
     as_of: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
     transport: Transport = "none"
     address: str = Field("", pattern=r"^([A-Za-z0-9_.:@%\[][A-Za-z0-9_.:@%\[\]-]*)?$")
+    python: str = Field("", pattern=r"^[A-Za-z0-9_./~+-]*$")
     power_mode: str = ""
     note: str = ""
 
@@ -117,6 +120,7 @@ class Entry(BaseModel):
             as_of=self.as_of,
             transport=self.transport,
             address=self.address,
+            python=self.python,
             power_mode=self.power_mode,
             note=self.note,
             own=own,
