@@ -6,6 +6,7 @@ What ``core.loop`` and ``core.bench`` stand on. Nothing is compressed, measured 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,27 @@ def reopened(catalog: Catalog, variant: Variant, progress: Progress) -> LoadedMo
     loaded = opened(catalog, variant.source, dtype="stored", progress=progress)
     refuse_changed(variant, loaded.fingerprint)
     return loaded
+
+
+def folder_of(catalog: Catalog, variant: Variant, *, progress: Progress = silent) -> Path:
+    """The files of what was entered, as they were entered; raises ``CannotOpen`` where they are gone or changed."""
+    from core.models.checkpoint import fingerprint
+    from core.models.open import local_folder
+
+    folder = local_folder(
+        ModelRef.parse(variant.source), variant_folder=catalog.variant_folder, progress=progress
+    )
+    refuse_changed(variant, fingerprint(folder))
+    return folder
+
+
+def base_folder_of(catalog: Catalog, variant: Variant) -> Path | None:
+    """The files of a variant's base; None for a base itself, and where the base is gone or changed."""
+    if variant.id == variant.base_id:
+        return None
+    with suppress(CannotOpen):
+        return folder_of(catalog, catalog.variant(variant.base_id))
+    return None
 
 
 def refuse_changed(variant: Variant, fingerprint: str) -> None:

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from core.entries import (
+    base_folder_of,
     base_of,
     enter_base,
     entry_of,
+    folder_of,
     learned_by,
     opened,
-    refuse_changed,
     reopened,
     second_models,
 )
@@ -217,18 +218,15 @@ def profile_variant(
     job_id: str | None = None,
 ) -> Run:
     """Measure speed and memory of a variant's files in a fresh process; ``settings`` values may be text."""
-    from core.models.checkpoint import fingerprint
-    from core.models.open import local_folder
+    from core.profile.parity import against_base
 
     variant = catalog.variant(variant_id)
     chosen = get("profile", method)
     parsed = _settings(chosen, settings)
-    folder = local_folder(
-        ModelRef.parse(variant.source), variant_folder=catalog.variant_folder, progress=progress
-    )
-    refuse_changed(variant, fingerprint(folder))
+    folder = folder_of(catalog, variant, progress=progress)
     started = datetime.now(UTC)
-    result = chosen.run(folder, progress, parsed)
+    with against_base(base_folder_of(catalog, variant)):
+        result = chosen.run(folder, progress, parsed)
     return record(catalog, "profile", variant.id, result, started, job_id=job_id)
 
 

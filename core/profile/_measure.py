@@ -22,6 +22,7 @@ from core.profile.contention import ContentionMeter, clock_mhz, wait_until_quiet
 from core.profile.environment import environment
 from core.profile.measured import Measured, Memory, Phase, PhaseEnd, Sample
 from core.profile.memory import peak_resident_bytes, reset_peak, resident_bytes
+from core.profile.parity import check, refuse_another_model
 from core.profile.protocol import Protocol
 from core.profile.quantiles import quantile
 from core.profile.runtimes._base import Clock, Prepared, ProfileSettings, Runtime
@@ -41,11 +42,24 @@ def answer(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     def notify(message: str) -> None:
         progress(min(time.perf_counter() - start, longest), longest, message)
 
-    return measure(runtime, Path(request["folder"]), settings, notify=notify).model_dump(mode="json")
+    own, base = (Path(name) if name else None for name in (request["reference"], request["base"]))
+    measured = measure(runtime, Path(request["folder"]), settings, notify=notify, reference=own, base=base)
+    return measured.model_dump(mode="json")
 
 
-def measure(runtime: Runtime, folder: Path, settings: ProfileSettings, *, notify: Notify) -> Measured:
-    """Measure one artifact from start to end. Raises ``BadInput`` or ``CannotMeasure``."""
+def measure(
+    runtime: Runtime,
+    folder: Path,
+    settings: ProfileSettings,
+    *,
+    notify: Notify,
+    reference: Path | None = None,
+    base: Path | None = None,
+) -> Measured:
+    """Measure one artifact from start to end, then hold its answers against the kept ones of itself and of its base.
+
+    Raises ``BadInput`` or ``CannotMeasure``.
+    """
     started, protocol = time.perf_counter(), settings.protocol()
     # 1) Ready: configuration, inputs, and the files read once, so that load_ms is of a warm page cache.
     prepared = runtime.prepare(folder)
@@ -83,6 +97,13 @@ def measure(runtime: Runtime, folder: Path, settings: ProfileSettings, *, notify
         recorder.phase("forward", lambda: runtime.prefill(inputs))
     peak = peak_resident_bytes()
     facts = runtime.facts()
+    # 5) The same process answers real text, after everything that is timed or counted.
+    held = None
+    if reference is not None:
+        notify("comparing its answers with the model's own")
+        longest_s = protocol.effort.phase_cap_s
+        held = check(runtime, prepared.family, settings, reference, base, longest_s=longest_s)
+        refuse_another_model(held, facts, settings)
     runtime.close()
     return Measured(
         family=prepared.family,
@@ -99,6 +120,7 @@ def measure(runtime: Runtime, folder: Path, settings: ProfileSettings, *, notify
         other_cpu_at_start=other_cpu,
         load_average=os.getloadavg()[0],
         seconds=time.perf_counter() - started,
+        parity=held,
     )
 
 

@@ -51,6 +51,9 @@ class Facts(_Record):
     """Peak of a GPU's allocator; None on the CPU, whose peak is the process's."""
     conditions: dict[str, Any]
     notes: tuple[str, ...]
+    exact: bool | None = None
+    """Whether its answers must be the artifact's own but for rounding; None: if it computes in float32 and its numbers
+    bear no mark of another form."""
     kv_cache_bytes: int | None = None
     """Of what the last sequence left in the cache; None for a model that keeps none, or where it cannot be seen."""
 
@@ -64,6 +67,26 @@ class Memory(_Record):
     """Highest from start to end, loading included."""
     inference_peak_bytes: int | None
     """Highest after loading and the first forward; None where the system cannot reset its mark."""
+
+
+class Parity(_Record):
+    """The measured process's answers against the artifact's own, float32."""
+
+    texts: int
+    positions: int
+    kl: tuple[float, ...]
+    """Nats per position, a mean per text; empty where answers are hidden states."""
+    top1: tuple[float, ...]
+    """Share of positions with the same likeliest answer, per text."""
+    kl_base: tuple[float, ...]
+    """The same KL from the base's own answers; empty where no base was named."""
+    cosine: float | None
+    """Of hidden states; None where answers are logits."""
+    max_abs: float
+    span: float
+    """Largest less smallest of the artifact's answers."""
+    rounds_inputs: bool
+    seconds: float
 
 
 class Measured(_Record):
@@ -81,3 +104,5 @@ class Measured(_Record):
     """Others' share when the wait for a quiet moment ended."""
     load_average: float
     seconds: float
+    parity: Parity | None = None
+    """None where it was not asked for."""

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from core.profile import parity
 from core.profile.measured import Measured, Phase
 from core.profile.protocol import Protocol
 from core.profile.quantiles import Interval, quantile, smallest_n
@@ -29,6 +30,8 @@ def summarise(measured: Measured, runtime: str, settings: ProfileSettings) -> Re
     frame["clock_mhz"] = frame["clock_mhz"].astype(float)
     used = {phase: _used(frame, phase, protocol) for phase in measured.phases}
     metrics = [*_speeds(used, protocol, measured), *_cold(frame), *_memory(measured)]
+    if measured.parity is not None:
+        metrics += parity.metrics(measured.parity)
     metrics = [replace(metric, name=metric.name + settings.suffix) for metric in metrics]
     view = View(
         "scatter",
@@ -148,6 +151,8 @@ def _flags(
         yield "n_too_small"
     if any(_frequency_fell(rows, protocol.frequency_drop) for rows in used.values()):
         yield "frequency_drop"
+    if measured.parity is not None:
+        yield from parity.flags(measured.parity)
 
 
 def _too_few(rows: pd.DataFrame, protocol: Protocol) -> bool:
@@ -168,6 +173,8 @@ def _notes(
     frame: pd.DataFrame, used: dict[Phase, pd.DataFrame], measured: Measured, protocol: Protocol
 ) -> Iterator[str]:
     yield from measured.facts.notes
+    if measured.parity is not None:
+        yield from parity.notes(measured.parity)
     for phase, rows in used.items():
         warm = frame[(frame["phase"] == phase) & ~frame["warmup"]]
         left_out = len(warm) - len(rows)
