@@ -21,6 +21,7 @@ PINS = {
     "openvino": "2026.4.1",
     "optimum-quanto": "0.2.7",
     "torchao": "0.18.0",
+    "xllamacpp": "2026.10.11549",
 }
 """Distribution → the version that our tests run with."""
 

@@ -29,17 +29,17 @@ ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2"}
 """transformers' model type → gguf's; others need a mapping of their own that was checked."""
 BLOCK = 32
 """Values that share a scale in every one of these types."""
-FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
 """llama.cpp's ``general.file_type``."""
 
 
 class GgufSettings(Settings):
     """What the matrices are stored as."""
 
-    type: Literal["F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"] = Field(
+    type: Literal["F32", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"] = Field(
         default="Q8_0",
-        description="Type of every matrix: 16, 8.5, 6, 5.5, 5 or 4.5 bits per weight; groups of 32 share a scale (_1: and "
-        "a minimum). Norms and biases stay float32",
+        description="Type of every matrix: 32, 16, 8.5, 6, 5.5, 5 or 4.5 bits per weight; groups of 32 share a scale (_1: "
+        "and a minimum). Norms and biases stay float32",
     )
     embedding_type: Literal["same", "F16", "Q8_0"] = Field(
         default="Q8_0", description="Type of the token table and the head; same: as the matrices"
@@ -173,7 +173,8 @@ def _kind(gguf: Any, loaded: LoadedModel, name: str, values: Any, settings: Gguf
         return gguf.GGMLQuantizationType.F32
     table = component_of(loaded.anatomy, name) in ("embedding", "head")
     chosen = settings.type if not table or settings.embedding_type == "same" else settings.embedding_type
-    return gguf.GGMLQuantizationType[chosen if values.shape[-1] % BLOCK == 0 else "F16"]
+    fits = chosen == "F32" or values.shape[-1] % BLOCK == 0
+    return gguf.GGMLQuantizationType[chosen if fits else "F16"]
 
 
 def _row(loaded: LoadedModel, name: str, values: Any, read: Any, kind: str, nbytes: int) -> dict[str, Any]:
