@@ -82,9 +82,7 @@ def fit(known: Sequence[Row], engine: EngineClass | None) -> Efficiency:
         off = np.abs(np.log((best_possible / share + layers * layer_s) / seconds)).sum()
         found.append((float(off), share, float(layer_s)))
     _, share, layer_s = min(found)
-    computed = [
-        value for row in known if row.engine == engine and (value := compute_share(row)) is not None
-    ]
+    computed = [value for row in known if row.engine == engine and (value := compute_share(row)) is not None]
     return Efficiency(
         share,
         layer_s,

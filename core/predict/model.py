@@ -118,7 +118,8 @@ class Shape:
 def of_card(card: ModelCard, *, routing: Routing | None = None) -> Shape:
     """The shape of an open model or variant; ``routing`` are recorded shares of its experts, if there are any."""
     anatomy = card.anatomy
-    counts = card.components.groupby("component")["parameters"].sum().astype(float).to_dict()
+    sums = card.components.groupby("component")["parameters"].sum()
+    counts = {str(component): float(n) for component, n in sums.items()}
     nbytes, counted = stored_bytes(card, counts)
     apart = not anatomy.tied and anatomy.unembedding is not None and card.family == "decoder"
     looked_up = ("experts", "embedding") if apart else ("experts",)

@@ -42,9 +42,7 @@ def decode_seconds(shape: Shape, pace: Pace, depth: int, *, batch: int = 1, kv_b
 def prefill_flops(shape: Shape, prompt: int, *, batch: int = 1) -> float:
     """FLOP of a prompt: every position through the layers, the last one through the head, causal attention."""
     per_token = 2 * (shape.active_parameters - shape.head_parameters)
-    return batch * (
-        prompt * per_token + 2 * shape.head_parameters + shape.prefill_attention_flops(prompt)
-    )
+    return batch * (prompt * per_token + 2 * shape.head_parameters + shape.prefill_attention_flops(prompt))
 
 
 def prefill_seconds(shape: Shape, pace: Pace, prompt: int, *, batch: int = 1) -> float | None:
