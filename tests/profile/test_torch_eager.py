@@ -86,7 +86,7 @@ def test_damaged_weights_are_refused_with_the_cause(tmp_path):
     folder = tiny_folder("llama", tmp_path)
     (file,) = folder.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(errors.CannotOpen, match="cannot load this artifact"):
+    with pytest.raises(errors.CannotOpen, match="header is damaged"):
         run(folder, silent, SETTINGS)
 
 
