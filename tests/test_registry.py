@@ -31,7 +31,9 @@ class TestEveryMethod:
     def test_says_what_it_is(self, m: Method):
         assert m.summary.endswith(".")
         assert len(m.explanation) > len(m.summary), "the docstring is the page's `What am I looking at?`"
-        assert m.title[0].isupper() or m.title == "llama.cpp", "a title is a sentence, but for this proper name"
+        assert m.title[0].isupper() or m.title == "llama.cpp", (
+            "a title is a sentence, but for this proper name"
+        )
 
     def test_every_setting_is_described_and_bounded(self, m: Method):
         for name, info in m.settings.model_fields.items():
