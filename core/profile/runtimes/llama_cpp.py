@@ -22,12 +22,11 @@ from core.profile.runtimes._gguf_file import BUILT_FROM, GgufProfileSettings, bu
 from core.profile.runtimes._llama_library import VARIABLE, WHEEL, Library, Session, find_library
 from core.profile.session import profile_artifact
 from core.registry import method
-from core.types import Family, Progress, Result
+from core.types import Progress, Result
 
-__all__ = ["BUILT_FROM", "FAMILIES", "LIBRARIES", "LlamaCpp", "LlamaCppSettings", "build", "create", "run"]
+__all__ = ["BUILT_FROM", "LIBRARIES", "LlamaCpp", "LlamaCppSettings", "build", "create", "run"]
 
 LIBRARIES = () if os.environ.get(VARIABLE) else (WHEEL,)
-FAMILIES: frozenset[Family] = frozenset({"decoder"})
 
 
 class LlamaCppSettings(GgufProfileSettings):
