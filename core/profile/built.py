@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,6 @@ def facts_of(files: Path) -> Mapping[str, Any]:
 
 def _most_bytes(folder: Path) -> int:
     """Disk that building may take, from the sizes in the weight files' headers."""
-    numbers = 0
-    for tensor in stored_tensors(weight_files(folder)).values():
-        count = 1
-        for side in tensor.shape:
-            count *= side
-        numbers += count * _PACKED.get(tensor.dtype, 1)
+    tensors = stored_tensors(weight_files(folder)).values()
+    numbers = sum(prod(tensor.shape) * _PACKED.get(tensor.dtype, 1) for tensor in tensors)
     return int(WIDEST * 4 * numbers)

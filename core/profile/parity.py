@@ -174,21 +174,16 @@ def _distance(
     found: np.ndarray, expected: np.ndarray, *, names_classes: bool
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Per text: mean KL(expected ‖ found) in nats, and share of equal likeliest answers; empty for hidden states."""
+    from scipy.special import log_softmax
+
     if not names_classes:
         return (), ()
     kl, top1 = [], []
     for one, other in zip(expected, found, strict=True):  # a text at a time: float64 logits of all are large
-        p, q = (np.atleast_2d(logits).astype(np.float64) for logits in (one, other))
-        p, q = _log_softmax(p), _log_softmax(q)
+        p, q = (log_softmax(np.atleast_2d(logits).astype(np.float64), axis=-1) for logits in (one, other))
         kl.append(max(0.0, float((np.exp(p) * (p - q)).sum(-1).mean())))
         top1.append(float((p.argmax(-1) == q.argmax(-1)).mean()))
     return tuple(kl), tuple(top1)
-
-
-def _log_softmax(logits_SV: np.ndarray) -> np.ndarray:
-    shifted: np.ndarray = logits_SV - logits_SV.max(-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return shifted
 
 
 def _cosine(found: np.ndarray, expected: np.ndarray) -> float:

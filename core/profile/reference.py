@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from core.cpu import physical_cores
+from core.durable import whole_file
 from core.lazy import torch
 from core.models.checkpoint import fingerprint
 from core.paths import cache_dir
@@ -81,10 +82,8 @@ def answer(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     for start in range(0, TEXTS, _AT_ONCE):
         progress(start, TEXTS, "asking the model itself, in float32")
         parts.append(_answers(loaded, inputs[start : start + _AT_ONCE]))
-    file = Path(request["file"])
-    part = file.with_suffix(".part.npz")
-    np.savez(part, inputs=inputs, answers=np.concatenate(parts), rounds_inputs=bool(loaded.activations))
-    part.replace(file)
+    with whole_file(Path(request["file"])) as part, part.open("wb") as stream:
+        np.savez(stream, inputs=inputs, answers=np.concatenate(parts), rounds_inputs=bool(loaded.activations))
     return {}
 
 
