@@ -35,6 +35,9 @@ DEFAULTS = {
     "n_seq_max": 1,
     "n_threads": 4,
     "n_threads_batch": 4,
+    "flash_attn_type": -1,
+    "type_k": TYPES["f16"],
+    "type_v": TYPES["f16"],
 }
 """What ``llama_context_default_params`` gives; read through another layout, these would be other numbers."""
 
@@ -53,7 +56,8 @@ class _ContextParams(c.Structure):
         *((name, c.c_uint32) for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_rs_seq")),
         *((name, c.c_uint32) for name in ("n_outputs_max", "n_outputs_max_per_seq")),
         *((name, c.c_int32) for name in ("n_threads", "n_threads_batch")),
-        ("kinds", c.c_int * 5),
+        ("kinds", c.c_int * 4),
+        ("flash_attn_type", c.c_int),
         ("positions", c.c_float * 6),
         ("yarn_orig_ctx", c.c_uint32),
         ("defrag_thold", c.c_float),
@@ -136,8 +140,7 @@ class Library:
         self.calls.llama_log_set(self._log, None)
         self.calls.llama_backend_init()
         found = self.calls.llama_context_default_params()
-        same = all(getattr(found, name) == value for name, value in DEFAULTS.items())
-        if not same or (found.type_k, found.type_v) != (TYPES["f16"], TYPES["f16"]):
+        if any(getattr(found, name) != value for name, value in DEFAULTS.items()):
             raise CannotMeasure(
                 f"this build of llama.cpp has another interface than the one known here; run `pip install {_pin()}`"
                 f" and unset {VARIABLE}"
@@ -188,6 +191,8 @@ class Session:
         asked.n_ctx, asked.n_seq_max = positions * sequences, sequences
         asked.n_threads = asked.n_threads_batch = threads
         asked.type_k = asked.type_v = TYPES[kv]
+        if kv == "f32":
+            asked.flash_attn_type = 0  # off: on the CPU it rounds to float16, whatever the cache is kept in
         # Token i of every batch belongs to sequence i % sequences, so a batch holds a whole number of positions.
         self._most = min(int(asked.n_batch), positions * sequences) // sequences * sequences
         if not self._most:

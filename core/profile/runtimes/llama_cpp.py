@@ -1,8 +1,10 @@
 """llama.cpp on the CPU, driven token by token through its C interface: what Ollama and LM Studio stand on.
 
 The artifact becomes one GGUF file (``core.export.gguf``), which llama.cpp opens with its own defaults: keys and values
-in float16, flash attention where it has it, prompts in batches of 2048. Its kernels round activations too, so even a
-file of the artifact's own numbers answers a little differently; by how much is measured.
+in float16, flash attention where it has it, prompts in batches of 2048. Kernels of quantized types round activations
+to 8 bits too, and flash attention rounds to 16, so even a file of the artifact's own numbers answers a little
+differently; by how much is measured. With ``weights=stored`` and ``kv_cache=f32`` nothing is rounded, and the answers
+must be the artifact's own.
 """
 
 from __future__ import annotations
@@ -24,7 +26,15 @@ from core.profile.session import profile_artifact
 from core.registry import method
 from core.types import Progress, Result
 
-__all__ = ["BUILT_FROM", "LIBRARIES", "LlamaCpp", "LlamaCppSettings", "build", "create", "run"]
+__all__ = [
+    "BUILT_FROM",
+    "LIBRARIES",
+    "LlamaCpp",
+    "LlamaCppSettings",
+    "build",
+    "create",
+    "run",
+]
 
 LIBRARIES = () if os.environ.get(VARIABLE) else (WHEEL,)
 
@@ -34,8 +44,8 @@ class LlamaCppSettings(GgufProfileSettings):
 
     kv_cache: Literal["f16", "f32", "q8_0"] = Field(
         "f16",
-        description="What keys and values are kept in. Other choices than llama.cpp's own f16 give numbers of their own "
-        "names",
+        description="What keys and values are kept in; f32 also turns flash attention off, which rounds to 16 bits inside. "
+        "Other choices than llama.cpp's own f16 give numbers of their own names",
     )
 
     @property
@@ -115,12 +125,13 @@ class LlamaCpp:
         """What was really run."""
         assert self._session is not None
         made = facts_of(self._files)
-        kinds = made["weight_bytes"]
+        kinds, exact_kv = made["weight_bytes"], self._settings.kv_cache == "f32"
         return Facts(
             dtype="float32" if self._settings.weights == "stored" else self._settings.weights,
-            attention_kernel="llama.cpp's, flash attention where it has it",
+            attention_kernel="llama.cpp, plain" if exact_kv else "llama.cpp, flash where it has it",
             weights_memory_bytes=self._session.weight_bytes(),
             device_peak_bytes=None,
+            exact=self._settings.weights == "stored" and exact_kv,
             kv_cache_bytes=self._session.cache_bytes(),
             conditions={
                 "kv_cache": self._settings.kv_cache,
