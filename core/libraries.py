@@ -16,6 +16,7 @@ PINS = {
     "nncf": "3.4.0",
     "onnx": "1.23.2",
     "onnxruntime": "1.32.0",
+    "onnxruntime-genai": "0.18.0",
     "onnxscript": "0.7.2",
     "openvino": "2026.4.1",
     "optimum-quanto": "0.2.7",

@@ -17,6 +17,8 @@ torch. A new runtime is a class with these verbs and a ``run`` registered with `
     Names of the settings that change those files.
 ``BUILD_VERSION: int`` (optional, 1)
     To be raised when ``build`` writes something else for the same settings, so that old files are not taken.
+``FAMILIES: frozenset[Family]`` (optional, all)
+    What it can run.
 ``unavailable() -> str`` (optional)
     Why it cannot run on this machine though its libraries are there (no GPU, no such program), in one sentence; empty
     if it can.

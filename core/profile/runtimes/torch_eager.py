@@ -113,6 +113,11 @@ class TorchEager:
         self._answer: Any = None  # the last forward's logits or hidden states, still where it left them
         self._library: str | None = None  # whose kernels run, where not torch's
 
+    @property
+    def model(self) -> Any:
+        """The module that runs, for whoever looks where its time goes; None before ``load``."""
+        return self._model
+
     def prepare(self, folder: Path) -> Prepared:
         """Import torch and the model's code, set threads, read the configuration."""
         if self._settings.device == "cuda" and not torch.cuda.is_available():

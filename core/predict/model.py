@@ -1,0 +1,255 @@
+"""What of a model decides its speed and memory: bytes that a step reads, numbers it keeps, multiplications it does.
+
+Counted from an open model's card and the headers of its files, so that packed weights count as they are stored; or from
+a ``config.json`` alone and the bits of a format, for a model that is not here. Knows no device and no time.
+
+Legend: L layers, E experts of a layer, G key/value heads, K ``head_dim``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.errors import BadInput
+from core.types import Family
+
+if TYPE_CHECKING:
+    from core.models.sizes import ModelCard
+
+Routing = Mapping[int, Sequence[float]]
+"""Layer → per expert, the share of tokens that chose it; a token chooses k, so they sum to k."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer keeps per sequence, and its routed experts."""
+
+    kept: int
+    """Numbers kept per position: 2 · G · K with heads, the latent with latent attention."""
+    window: int | None = None
+    """Positions it keeps at most; None: all."""
+    state: int = 0
+    """Numbers it keeps however long the text (Mamba, linear attention)."""
+    attends: int = 0
+    """n_heads · K: every position of the cache costs 4 FLOP per such number."""
+    n_experts: int = 0
+    top_k: int = 0
+    expert_bytes: float = 0.0
+    expert_parameters: float = 0.0
+    chosen: tuple[float, ...] | None = None
+    """Per expert, the share of tokens that chose it, as recorded; None: uniform."""
+
+    def positions(self, context: int) -> int:
+        """Positions it keeps of a context."""
+        return context if self.window is None else min(context, self.window)
+
+    def touched(self, tokens: int) -> float:
+        """Distinct experts that so many tokens choose, if each chooses by itself: Σ_e 1 − (1 − p_e)^tokens."""
+        if self.n_experts == 0:
+            return 0.0
+        shares = self.chosen or (self.top_k / self.n_experts,) * self.n_experts
+        return math.fsum(1 - (1 - min(share, 1.0)) ** tokens for share in shares)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model as a device meets it."""
+
+    name: str
+    family: Family
+    weight_bytes: float
+    """Of all weights, as they are held."""
+    read_bytes: float
+    """Of those that every token reads: all but routed experts and an input embedding of its own, read by the row."""
+    parameters: float
+    """Of all weights."""
+    read_parameters: float
+    """Of those behind ``read_bytes``: each is one multiply-add per token."""
+    head_parameters: float
+    """Of those, the unembedding's, which of a prompt only the last position passes."""
+    layers: tuple[Layer, ...]
+    d_model: int
+    d_ff: int
+    """Neurons of a dense MLP, or of all experts that one token passes."""
+    vocab_size: int
+    context_length: int
+    counted: str
+    """``stored``: file by file; ``share of parameters``; or ``config``: nothing but its sizes is known."""
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether any layer has routed experts."""
+        return any(layer.n_experts for layer in self.layers)
+
+    @property
+    def active_parameters(self) -> float:
+        """Multiply-adds of one token with weights."""
+        return self.read_parameters + sum(layer.top_k * layer.expert_parameters for layer in self.layers)
+
+    def weights_read(self, tokens: int = 1) -> float:
+        """Bytes of weights that one step over so many tokens reads: each expert once that any of them chose."""
+        return self.read_bytes + sum(layer.touched(tokens) * layer.expert_bytes for layer in self.layers)
+
+    def kept_numbers(self, context: int) -> int:
+        """Numbers kept of one sequence of ``context`` positions: keys and values, latents, states."""
+        return sum(layer.kept * layer.positions(context) + layer.state for layer in self.layers)
+
+    def attention_flops(self, context: int) -> float:
+        """FLOP of one token's scores and weighted values over a cache of ``context`` positions."""
+        return float(sum(4 * layer.attends * layer.positions(context) for layer in self.layers))
+
+    def prefill_attention_flops(self, prompt: int) -> float:
+        """FLOP of a whole prompt's attention, each position reading those before it: 4 · Σ_s min(s, window)."""
+        total = 0.0
+        for layer in self.layers:
+            seen = layer.positions(prompt)
+            pairs = seen * (seen + 1) / 2 + (prompt - seen) * seen
+            total += 4 * layer.attends * pairs
+        return total
+
+
+# --- from a model that is open -------------------------------------------------------------------------
+
+
+def of_card(card: ModelCard, *, routing: Routing | None = None) -> Shape:
+    """The shape of an open model or variant; ``routing`` are recorded shares of its experts, if there are any."""
+    anatomy = card.anatomy
+    sums = card.components.groupby("component")["parameters"].sum()
+    counts = {str(component): float(n) for component, n in sums.items()}
+    nbytes, counted = stored_bytes(card, counts)
+    apart = not anatomy.tied and anatomy.unembedding is not None and card.family == "decoder"
+    looked_up = ("experts", "embedding") if apart else ("experts",)
+    moe = [block.index for block in anatomy.blocks if block.is_moe]
+    per_expert = max(1, len(moe) * anatomy.n_experts)
+    layers = tuple(
+        Layer(
+            kept=0 if block.mixer == "mamba" else block.latent or 2 * anatomy.n_kv_heads * anatomy.head_dim,
+            window=window,
+            state=block.state,
+            attends=0 if block.mixer == "mamba" else anatomy.n_heads * anatomy.head_dim,
+            n_experts=anatomy.n_experts if block.is_moe else 0,
+            top_k=anatomy.experts_per_token if block.is_moe else 0,
+            expert_bytes=nbytes.get("experts", 0.0) / per_expert if block.is_moe else 0.0,
+            expert_parameters=counts.get("experts", 0.0) / per_expert if block.is_moe else 0.0,
+            chosen=_chosen(routing, block.index) if block.is_moe else None,
+        )
+        for block, window in zip(anatomy.blocks, anatomy.windows, strict=True)
+    )
+    return Shape(
+        name=card.source,
+        family=card.family,
+        weight_bytes=sum(nbytes.values()),
+        read_bytes=sum(n for component, n in nbytes.items() if component not in looked_up),
+        parameters=sum(counts.values()),
+        read_parameters=sum(n for component, n in counts.items() if component not in looked_up),
+        head_parameters=_head_parameters(counts, card),
+        layers=layers,
+        d_model=anatomy.d_model,
+        d_ff=anatomy.d_ff * max(1, anatomy.experts_per_token),
+        vocab_size=anatomy.vocab_size,
+        context_length=anatomy.context_length,
+        counted=counted,
+    )
+
+
+def stored_bytes(card: ModelCard, counts: Mapping[str, float]) -> tuple[dict[str, float], str]:
+    """Component → bytes in the weight files, and how they were counted.
+
+    A tensor belongs to the component its name says. Files whose names are not those of the open model's modules are
+    counted by each component's share of the parameters.
+    """
+    from core.models.checkpoint import stored_tensors, weight_files
+    from core.models.sizes import component_of
+
+    found: dict[str, float] = {}
+    for name, tensor in stored_tensors(weight_files(Path(card.folder))).items():
+        component = component_of(card.anatomy, name)
+        found[component] = found.get(component, 0.0) + tensor.nbytes
+    if set(found) == {component for component, n in counts.items() if n}:
+        return found, "stored"
+    whole = sum(counts.values())
+    return {component: card.file_bytes * n / whole for component, n in counts.items()}, "share of parameters"
+
+
+def _head_parameters(counts: Mapping[str, float], card: ModelCard) -> float:
+    if card.family != "decoder":
+        return 0.0
+    return counts.get("embedding" if card.anatomy.tied else "head", 0.0)
+
+
+def _chosen(routing: Routing | None, layer: int) -> tuple[float, ...] | None:
+    return None if routing is None or layer not in routing else tuple(routing[layer])
+
+
+# --- from its config alone -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bits per weight of a format, scales included, by what it stores."""
+
+    blocks: float
+    """Attention and dense MLPs."""
+    head: float
+    """The unembedding, and with it an embedding that is tied to it."""
+    embedding: float
+    experts: float
+
+
+def of_config(name: str, config: Mapping[str, Any], bits: Bits) -> Shape:
+    """The shape of a decoder of the usual kind (grouped attention, gated MLP) from its ``config.json``.
+
+    Biases and norms are left out (under 0.1 % of the weights). Raises ``BadInput`` for a config without the sizes.
+    """
+    try:
+        n_layers, d, heads = (
+            int(config[key]) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+        )
+        d_ff, vocab = int(config["intermediate_size"]), int(config["vocab_size"])
+    except KeyError as missing:
+        raise BadInput(
+            f"{name}: the config has no {missing}; give one of a decoder such as Llama or Qwen"
+        ) from None
+    groups = int(config.get("num_key_value_heads") or heads)
+    size = int(config.get("head_dim") or d // heads)
+    n_experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
+    top_k = int(config.get("num_experts_per_tok") or 0)
+    d_expert = int(config.get("moe_intermediate_size") or d_ff)
+    attention = 2 * d * heads * size + 2 * d * groups * size
+    rest = d * n_experts if n_experts else 3 * d * d_ff
+    expert = 3.0 * d * d_expert if n_experts else 0.0
+    window, every = config.get("sliding_window"), int(config.get("sliding_window_every") or 1)
+    layers = tuple(
+        Layer(
+            kept=2 * groups * size,
+            window=window if window and index % every == 0 else None,
+            attends=heads * size,
+            n_experts=n_experts,
+            top_k=top_k,
+            expert_bytes=expert * bits.experts / 8,
+            expert_parameters=expert,
+        )
+        for index in range(n_layers)
+    )
+    blocks, table = float(n_layers * (attention + rest)), float(vocab * d)
+    tied, experts = bool(config.get("tie_word_embeddings")), n_layers * n_experts * expert
+    read = (blocks * bits.blocks + table * bits.head) / 8
+    return Shape(
+        name=name,
+        family="decoder",
+        weight_bytes=read + (0 if tied else table * bits.embedding / 8) + experts * bits.experts / 8,
+        read_bytes=read,
+        parameters=blocks + table * (1 if tied else 2) + experts,
+        read_parameters=blocks + table,
+        head_parameters=table,
+        layers=layers,
+        d_model=d,
+        d_ff=d_expert * top_k if n_experts else d_ff,
+        vocab_size=vocab,
+        context_length=int(config.get("max_position_embeddings") or 1 << 20),
+        counted="config",
+    )
