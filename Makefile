@@ -8,7 +8,7 @@ VENV      := .venv
 BIN       := $(VENV)/bin
 PIP       := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 
-.PHONY: run setup test test-all check bench bench-inspect bench-moe bench-compress bench-distil docs chromium clean
+.PHONY: run setup runtimes test test-all check bench bench-inspect bench-moe bench-compress bench-distil bench-profile docs chromium sshd clean
 .DEFAULT_GOAL := run
 
 run: setup                     ## open the dashboard on 127.0.0.1:$(PORT)
@@ -16,7 +16,10 @@ run: setup                     ## open the dashboard on 127.0.0.1:$(PORT)
 
 setup: $(VENV)/.installed      ## environment, demo models, prepared cache
 
-test: $(VENV)/.installed-dev chromium ## lint, types and every test
+runtimes: setup                ## ONNX Runtime (with GenAI), OpenVINO and llama.cpp, to measure variants in what would serve them
+	$(PIP) --constraint constraints.txt --editable ".[runtimes,llama]"
+
+test: $(VENV)/.installed-dev chromium sshd ## lint, types and every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -32,7 +35,7 @@ check: $(VENV)/.installed-dev  ## the quick half of `make test`: lint, types, te
 	$(BIN)/python -m pytest -q $(WORKERS) -m "not slow and not browser"
 
 bench: setup                   ## one table per benchmark; ratios in one run
-	@for script in $(filter-out benchmarks/peers.py benchmarks/distillation%.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(filter-out benchmarks/peers.py benchmarks/runtimes.py benchmarks/distillation%.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 bench-inspect: setup           ## looking inside: ratios on ten prompt pairs; 1 thread, so that CPU time compares on a busy machine
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/inspection.py --pairs 10 --threads 1
@@ -46,6 +49,9 @@ bench-compress: setup          ## every method × bits, and what other libraries
 bench-distil: setup            ## students beside their controls; DATA=folder of labelled files, QUICK=1, WORK=folder to go on in, PEER=python with TRL
 	$(BIN)/python benchmarks/distillation.py $(if $(QUICK),--quick) $(if $(DATA),--data $(DATA)) $(if $(WORK),--work $(WORK))
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/distillation_speed.py $(if $(QUICK),--updates 2 --rows 2 --micro 2 --rounds 1) $(if $(PEER),--peer $(PEER))
+
+bench-profile: runtimes        ## SmolLM2 and MiniLM in every runtime: bytes, prefill, decode, memory, parity, share of bandwidth
+	$(BIN)/python benchmarks/runtimes.py
 
 docs: $(VENV)/.installed-dev   ## rewrite the method table in README.md from the registry
 	$(BIN)/python scripts/method_table.py
@@ -72,6 +78,13 @@ chromium:
 	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y chromium >/dev/null; \
 	else echo "No Chromium found: browser tests will be skipped. Install it (sudo apt-get install chromium) or set CHROMIUM=/path/to/chromium."; fi
+
+# Tests of remote devices log in to a real SSH server of their own on loopback; without one they are skipped and say so.
+sshd:
+	@command -v sshd >/dev/null || test -x /usr/sbin/sshd || \
+	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y openssh-server >/dev/null; \
+	else echo "No sshd found: tests of remote devices will be skipped. Install it (sudo apt-get install openssh-server)."; fi
 
 clean:                         ## remove the environment and caches, never the catalog
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
