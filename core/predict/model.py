@@ -18,6 +18,7 @@ from core.errors import BadInput
 from core.types import Family
 
 if TYPE_CHECKING:
+    from core.models.anatomy import Anatomy
     from core.models.sizes import ModelCard
 
 Routing = Mapping[int, Sequence[float]]
@@ -117,11 +118,17 @@ class Shape:
 
 def of_card(card: ModelCard, *, routing: Routing | None = None) -> Shape:
     """The shape of an open model or variant; ``routing`` are recorded shares of its experts, if there are any."""
-    anatomy = card.anatomy
     sums = card.components.groupby("component")["parameters"].sum()
     counts = {str(component): float(n) for component, n in sums.items()}
-    nbytes, counted = stored_bytes(card, counts)
-    apart = not anatomy.tied and anatomy.unembedding is not None and card.family == "decoder"
+    return of_anatomy(card.source, card.anatomy, counts, Path(card.folder), routing=routing)
+
+
+def of_anatomy(
+    name: str, anatomy: Anatomy, counts: Mapping[str, float], folder: Path, *, routing: Routing | None = None
+) -> Shape:
+    """The shape of a model from its anatomy, its parameters by component, and the weight files in ``folder``."""
+    nbytes, counted = stored_bytes(anatomy, counts, folder)
+    apart = not anatomy.tied and anatomy.family != "vision"  # a patch projection multiplies
     looked_up = ("experts", "embedding") if apart else ("experts",)
     moe = [block.index for block in anatomy.blocks if block.is_moe]
     per_expert = max(1, len(moe) * anatomy.n_experts)
@@ -140,13 +147,13 @@ def of_card(card: ModelCard, *, routing: Routing | None = None) -> Shape:
         for block, window in zip(anatomy.blocks, anatomy.windows, strict=True)
     )
     return Shape(
-        name=card.source,
-        family=card.family,
+        name=name,
+        family=anatomy.family,
         weight_bytes=sum(nbytes.values()),
         read_bytes=sum(n for component, n in nbytes.items() if component not in looked_up),
         parameters=sum(counts.values()),
         read_parameters=sum(n for component, n in counts.items() if component not in looked_up),
-        head_parameters=_head_parameters(counts, card),
+        head_parameters=_head_parameters(counts, anatomy),
         layers=layers,
         d_model=anatomy.d_model,
         d_ff=anatomy.d_ff * max(1, anatomy.experts_per_token),
@@ -156,7 +163,7 @@ def of_card(card: ModelCard, *, routing: Routing | None = None) -> Shape:
     )
 
 
-def stored_bytes(card: ModelCard, counts: Mapping[str, float]) -> tuple[dict[str, float], str]:
+def stored_bytes(anatomy: Anatomy, counts: Mapping[str, float], folder: Path) -> tuple[dict[str, float], str]:
     """Component → bytes in the weight files, and how they were counted.
 
     A tensor belongs to the component its name says. Files whose names are not those of the open model's modules are
@@ -166,19 +173,20 @@ def stored_bytes(card: ModelCard, counts: Mapping[str, float]) -> tuple[dict[str
     from core.models.sizes import component_of
 
     found: dict[str, float] = {}
-    for name, tensor in stored_tensors(weight_files(Path(card.folder))).items():
-        component = component_of(card.anatomy, name)
+    files = weight_files(folder)
+    for name, tensor in stored_tensors(files).items():
+        component = component_of(anatomy, name)
         found[component] = found.get(component, 0.0) + tensor.nbytes
     if set(found) == {component for component, n in counts.items() if n}:
         return found, "stored"
-    whole = sum(counts.values())
-    return {component: card.file_bytes * n / whole for component, n in counts.items()}, "share of parameters"
+    whole, file_bytes = sum(counts.values()), sum(file.stat().st_size for file in files)
+    return {component: file_bytes * n / whole for component, n in counts.items()}, "share of parameters"
 
 
-def _head_parameters(counts: Mapping[str, float], card: ModelCard) -> float:
-    if card.family != "decoder":
+def _head_parameters(counts: Mapping[str, float], anatomy: Anatomy) -> float:
+    if anatomy.family != "decoder":
         return 0.0
-    return counts.get("embedding" if card.anatomy.tied else "head", 0.0)
+    return counts.get("embedding" if anatomy.tied else "head", 0.0)
 
 
 def _chosen(routing: Routing | None, layer: int) -> tuple[float, ...] | None:
