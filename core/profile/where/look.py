@@ -43,8 +43,8 @@ from core.profile.where.torch_modules import timed, traced
 from core.types import Progress, Provenance, Result, View, part_of
 
 METHOD = "where_the_time_goes"
-REPEATS = 15
-"""Steps of each phase with clocks on, and as many without."""
+REPEATS, FEWEST, LONGEST_S = 15, 6, 20.0
+"""Steps of each phase with clocks on, and as many without; no more than the fewest that give an interval after so long."""
 WARM_UP = 3
 
 
@@ -155,6 +155,8 @@ def look(runtime: Any, folder: Path, settings: ProfileSettings, progress: Progre
         "other_cpu": meter.share(),
         "dtype": facts.dtype,
         "attention_kernel": facts.attention_kernel,
+        "kv_cache": facts.conditions.get("kv_cache", "model"),
+        "weights_memory_bytes": facts.weights_memory_bytes,
         "files": digest(folder),
         "environment": environment(settings.device_name),
         "seconds": time.perf_counter() - started,
@@ -171,7 +173,8 @@ def _modules_of(runtime: Any, phase: _Phase, settings: ProfileSettings) -> dict[
         phase.ready()
         phase.timed_ms()
     plain, clocked, steps = [], [], []
-    for _ in range(REPEATS):
+    started = time.perf_counter()
+    while len(steps) < FEWEST or (len(steps) < REPEATS and time.perf_counter() - started < LONGEST_S):
         phase.ready()
         plain.append(phase.timed_ms())
         phase.ready()
@@ -250,6 +253,12 @@ def _result(said: dict[str, Any], runtime: str, settings: ProfileSettings) -> Re
             conditions={
                 "runtime": runtime,
                 "threads": settings.n_threads,
+                "prompt_tokens": settings.prompt_tokens,
+                "new_tokens": settings.new_tokens,
+                "depth": settings.decode_depth,
+                "batch": settings.batch,
+                "kv_cache": said["kv_cache"],
+                "weights_memory_bytes": said["weights_memory_bytes"],
                 "step_ms": said["step_ms"],
                 "looking": said["looking"],
                 "other_cpu": round(said["other_cpu"], 3),

@@ -7,15 +7,21 @@ that phases lie under each other and each begins at 0.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
 
-def chrome_trace(events: pd.DataFrame, *, title: str = "") -> bytes:
-    """The ``events`` frame as the file's bytes (UTF-8 JSON)."""
+def chrome_trace(models: Mapping[str, pd.DataFrame]) -> bytes:
+    """The ``events`` frame of each model, by what it is called there, as the file's bytes (UTF-8 JSON)."""
     spans: list[dict[str, Any]] = []
-    for process, (phase, rows) in enumerate(events.groupby("phase", sort=False)):
+    phases = [
+        (title, phase, rows)
+        for title, events in models.items()
+        for phase, rows in events.groupby("phase", sort=False)
+    ]
+    for process, (title, phase, rows) in enumerate(phases):
         label = {"name": f"{phase} {title}".strip()}
         spans.append({"ph": "M", "pid": process, "tid": 0, "name": "process_name", "args": label})
         for row in rows.to_dict("records"):
