@@ -33,6 +33,14 @@ class Sample(_Record):
     clock_mhz: float | None
 
 
+class Stretch(_Record):
+    """Steps timed in one go while the other side of a comparison waited."""
+
+    values_ms: tuple[float, ...]
+    other_cpu: float
+    """Other programs' share of the usable processors meanwhile, 0 to 1."""
+
+
 class PhaseEnd(_Record):
     """How a phase went."""
 

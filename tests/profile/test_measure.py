@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from core.profile._measure import _Recorder
+from core.profile._recorder import Recorder
 from core.profile.runtimes.torch_eager import TorchEagerSettings
 
 
@@ -31,7 +31,7 @@ class Device:
 
 def test_the_first_forward_counts_what_the_device_still_does() -> None:
     device = Device()
-    recorder = _Recorder(device, TorchEagerSettings().protocol(), lambda message: None)
+    recorder = Recorder(device, TorchEagerSettings().protocol(), lambda message: None)
     recorder.once("first_forward", device.step)
     (sample,) = recorder.samples
     assert sample.value_ms >= 1e3 * device.busy_s
