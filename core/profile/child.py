@@ -1,9 +1,9 @@
-"""A fresh process that does one piece of work: alone, and gone when its parent is.
+"""A fresh process that does the work it is asked for: alone, asleep in between, and gone when its parent is.
 
-Run as ``python -m core.profile.child`` with one JSON request on standard input: ``{"module": name, …}``, whose
-``answer(request, progress)`` does the work. Answers JSON lines on standard output: any number of
-``{"progress": [done, total, message]}``, then one ``{"answer": …}`` or ``{"error": [class, sentence]}``.
-Everything else that anybody prints goes to standard error.
+Run as ``python -m core.profile.child`` with JSON requests on standard input, one a line: ``{"module": name, …}``, whose
+``answer(request, progress)`` does the work. Answers JSON lines on standard output, for each request any number of
+``{"progress": [done, total, message]}``, then one ``{"answer": …}``, or ``{"error": [class, sentence]}``, which is the
+last. Everything else that anybody prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import queue
 import signal
 import sys
 import threading
@@ -24,17 +25,18 @@ REPORT_EVERY_S = 2.0
 
 
 def main() -> None:
-    """Answer the one request."""
+    """Answer requests until there is an error, or the parent is gone."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    request = json.loads(sys.stdin.readline())
-    threading.Thread(target=die_with_parent, daemon=True).start()
+    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=listen, args=(requests,), daemon=True).start()
     try:
-        answer = importlib.import_module(request["module"]).answer(request, _Reporter(answers))
+        while True:
+            request = requests.get()
+            answer = importlib.import_module(request["module"]).answer(request, _Reporter(answers))
+            write(answers, {"answer": answer})
     except (SlimscopeError, MemoryError, RuntimeError) as error:
         write(answers, {"error": explained(error)})
-    else:
-        write(answers, {"answer": answer})
 
 
 class _Reporter:
@@ -68,9 +70,10 @@ def write(answers: IO[str], line: dict[str, Any]) -> None:
     answers.flush()
 
 
-def die_with_parent() -> None:
-    """The parent never writes again: its end of the pipe closes when it ends, however it ends."""
-    sys.stdin.read()
+def listen(requests: queue.SimpleQueue[dict[str, Any]]) -> None:
+    """Pass requests on; the parent's end of the pipe closes when it ends, however it ends, and so do we."""
+    for line in sys.stdin:
+        requests.put(json.loads(line))
     os.killpg(0, signal.SIGKILL)
 
 

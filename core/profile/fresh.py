@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import IO, Any
 
 from core import errors
@@ -33,24 +34,48 @@ def ask(module: str, request: Mapping[str, Any], progress: Progress, *, threads:
     ``threads`` is what its maths libraries are told to use. Raises the child's own ``SlimscopeError``, ``OutOfMemory``,
     ``WorkerDied``, and what ``progress`` raises.
     """
-    start = (0.0, 1.0, message)
-    progress(*start)
+    with partner(module, progress, threads=threads) as child:
+        return child.ask(request, message=message)
+
+
+@contextmanager
+def partner(module: str, progress: Progress, *, threads: int) -> Iterator[Partner]:
+    """A fresh process that is asked one thing after another, sleeps in between, and is gone at the end."""
     with tempfile.TemporaryFile() as words:
         child = started([_CHILD], threads=threads, words=words)
-        assert child.stdin is not None
-        assert child.stdout is not None
         try:
-            child.stdin.write(json.dumps({**request, "module": module}).encode() + b"\n")
-            child.stdin.flush()  # and stays open: when it closes, the child knows that we are gone
-            for line in lines(child.stdout, progress, start):
-                if "answer" in line:
-                    return line["answer"]
-                if "error" in line:
-                    raise same_error(*line["error"])
-                progress(*line["progress"])
-            raise obituary(child.wait(), words)
+            yield Partner(child, module, words, progress)
         finally:
             end(child)
+
+
+class Partner:
+    """The parent's side of one fresh process."""
+
+    def __init__(
+        self, child: subprocess.Popen[bytes], module: str, words: IO[bytes], progress: Progress
+    ) -> None:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        self._child, self._module, self._words, self._progress = child, module, words, progress
+        self._stdin, self._stdout = child.stdin, child.stdout
+
+    def ask(self, request: Mapping[str, Any], *, message: str) -> Any:
+        """What the module answers to one more request; raises as the function ``ask`` does."""
+        start = (0.0, 1.0, message)
+        self._progress(*start)
+        try:
+            self._stdin.write(json.dumps({**request, "module": self._module}).encode() + b"\n")
+            self._stdin.flush()  # and stays open: when it closes, the child knows that we are gone
+        except BrokenPipeError:
+            raise obituary(self._child.wait(), self._words) from None
+        for line in lines(self._stdout, self._progress, start):
+            if "answer" in line:
+                return line["answer"]
+            if "error" in line:
+                raise same_error(*line["error"])
+            self._progress(*line["progress"])
+        raise obituary(self._child.wait(), self._words)
 
 
 def started(command: list[str], *, threads: int, words: IO[bytes]) -> subprocess.Popen[bytes]:

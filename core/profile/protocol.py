@@ -85,3 +85,40 @@ class Protocol:
     def longest_s(self) -> float:
         """Most seconds that waiting, warming up and measuring two phases can take; loading comes on top."""
         return self.effort.quiet_wait_s + 2 * (self.effort.warmup_cap_s + self.effort.phase_cap_s)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How two are measured in turn: how many blocks of four stretches, and how long a stretch is."""
+
+    n: int
+    """Fixed beforehand: whoever looks at the verdict and goes on until it pleases finds a difference between twins."""
+    stretch_s: float
+
+
+BLOCKS: dict[Tier, Blocks] = {"rapid": Blocks(12, 0.25), "quick": Blocks(20, 0.5), "full": Blocks(40, 1.0)}
+
+
+@dataclass(frozen=True)
+class PairedProtocol:
+    """A complete description of a comparison of two in one session."""
+
+    workload: Protocol
+    phase: str
+    blocks: Blocks
+    delta: float
+    """Smallest difference that matters, as a share."""
+    settle_s: float = 0.25
+    """Pause between two stretches: a maths library's threads spin for up to 0.2 s after their last work."""
+    fewest_steps: int = 5
+    """Timed in a stretch however long they take."""
+    name: str = "paired-blocks"
+    version: int = 1
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 (hex) of every field."""
+        return content_hash(asdict(self))
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.version} {self.workload.tier} {self.hash[:12]}"
