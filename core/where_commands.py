@@ -15,7 +15,6 @@ from core.types import Progress, Result, part_of
 
 if TYPE_CHECKING:
     from core.catalog.store import Catalog
-    from core.profile.machine import Roofs
     from core.types import Run, Variant
 
 Add = Callable[[str, Callable[[argparse.Namespace], Any]], argparse.ArgumentParser]
@@ -52,11 +51,10 @@ def machine_command(args: argparse.Namespace) -> Any:
     roofs = machine_roofs(args.device, terminal_progress(), again=args.again)
     if args.json:
         return roofs
-    shown = roofs.frame.copy()
-    for row, unit in shown["unit"].items():
-        divisor, name = UNITS[str(unit)]
-        shown.loc[row, ["value", "median"]] /= divisor
-        shown.loc[row, "unit"] = name
+    units = roofs.frame["unit"].map(UNITS)
+    shown = roofs.frame.assign(unit=units.str[1])
+    for column in ("value", "median"):
+        shown[column] /= units.str[0].astype(float)
     busy = f"; other programs took {roofs.other_cpu:.0%} of the processors, measure again when it is quiet"
     notes = (
         f"best of n repetitions, taken {roofs.taken_at} on {roofs.device}" + (busy if roofs.flags else ""),
@@ -67,20 +65,22 @@ def machine_command(args: argparse.Namespace) -> Any:
 def where_command(args: argparse.Namespace) -> Any:
     """Show where the time of a forward pass goes, by module and operator, and what holds each phase back."""
     from core.catalog.store import Catalog
-    from core.profile.machine import machine_roofs
     from core.profile.where.tables import join_modules
     from core.profile.where.trace import chrome_trace
 
     catalog, progress = Catalog(), terminal_progress()
-    roofs = machine_roofs(progress=progress)
     share = 1.0 if args.against is None else 0.5
     variant, run, look = _looked(catalog, args.model, args, part_of(progress, 0.0, share))
-    answer: dict[str, Any] = _said(catalog, variant, run, look, roofs)
+    answer: dict[str, Any] = _said(catalog, variant, run, look, progress)
     shown, events = _top(look), {variant.name: look.frames["events"]}
     if args.against is not None:
         other, other_run, other_look = _looked(catalog, args.against, args, part_of(progress, share, 1.0))
         joined = join_modules(other_look.frames["modules"], look.frames["modules"])
-        answer = {**answer, "against": _said(catalog, other, other_run, other_look, roofs), "joined": joined}
+        answer = {
+            **answer,
+            "against": _said(catalog, other, other_run, other_look, progress),
+            "joined": joined,
+        }
         shown = joined.drop(columns=["kind_a", "kind_b", "depth", "layer"]).round(3)
         events[f"{other.name} (against)"] = other_look.frames["events"]
     if args.trace:
@@ -107,10 +107,12 @@ def _looked(
     return variant, run, result_of(catalog, run.id)
 
 
-def _said(catalog: Catalog, variant: Variant, run: Run, look: Result, roofs: Roofs) -> dict[str, Any]:
+def _said(catalog: Catalog, variant: Variant, run: Run, look: Result, progress: Progress) -> dict[str, Any]:
     """Everything about one model but its trace."""
+    from core.profile.machine import machine_roofs
     from core.profile.where.kept import verdicts_of
 
+    roofs = machine_roofs(look.provenance.device, progress)
     found = verdicts_of(catalog, variant.id, look, roofs)
     return {
         "variant": variant.id,

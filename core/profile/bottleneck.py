@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Literal
 import pandas as pd
 
 from core.profile.machine import Roofs
-from core.profile.roofline import NUMBER_BYTES, Step, Work, matrix_rate, measured_steps
+from core.profile.roofline import matrix_rate, measured_steps
 from core.profile.runtimes._base import PLAIN
+from core.profile.work import NUMBER_BYTES, Step, Work
 from core.types import Progress, silent
 
 if TYPE_CHECKING:

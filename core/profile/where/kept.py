@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any, cast
 from core.entries import folder_of
 from core.profile.bottleneck import Verdict, verdict
 from core.profile.machine import Roofs
-from core.profile.roofline import Phase, Step, profile_of, steps_of, work_under
+from core.profile.roofline import profile_of, steps_of
 from core.profile.shapes import known_shape, shapes_of
 from core.profile.where.look import where_the_time_goes
+from core.profile.work import Phase, Step, work_under
 from core.recording import record
 from core.registry import get
 from core.types import Progress, Result, Run, silent
 
 if TYPE_CHECKING:
     from core.catalog.store import Catalog
+    from core.profile.runtimes._base import ProfileSettings
 
 
 def look_at(
@@ -38,7 +40,7 @@ def look_at(
     Raises what ``where_the_time_goes`` raises, and ``CannotOpen`` where the variant's files are gone or changed.
     """
     variant = catalog.variant(variant_id)
-    parsed = get("profile", runtime).parse(dict(settings or {}))
+    parsed = cast("ProfileSettings", get("profile", runtime).parse(dict(settings or {})))
     folder = folder_of(catalog, variant, progress=progress)
     started = datetime.now(UTC)
     result = where_the_time_goes(folder, runtime, progress, parsed)
@@ -63,12 +65,15 @@ def verdicts_of(
     runtime = str(seen["runtime"])
     run = profile_of(catalog, variant_id, roofs.device, runtime, look.provenance.settings)
     if run is not None:
-        return [(verdict(step, roofs), f"profile {run.id}") for _, step in steps_of(run, shape)]
+        source = f"profile {run.id}" + (f", flagged {' '.join(run.flags)}" if run.flags else "")
+        return [(verdict(step, roofs), source) for _, step in steps_of(run, shape)]
+    source = "the look's own steps; no profile with these settings yet"
+    source += f", flagged {' '.join(look.flags)}" if look.flags else ""
     seen = {**seen, "dtype": look.provenance.dtype}
     found = []
     for name, milliseconds in seen["step_ms"].items():
         phase = cast("Phase", name)
         work = work_under(seen, phase, shape, seen["weights_memory_bytes"])
         step = Step(phase, milliseconds / 1e3, work, look.provenance.dtype, runtime, len(shape.layers))
-        found.append((verdict(step, roofs), "the look's own steps; no profile with these settings yet"))
+        found.append((verdict(step, roofs), source))
     return found

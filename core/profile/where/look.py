@@ -172,7 +172,9 @@ def _modules_of(runtime: Any, phase: _Phase, settings: ProfileSettings) -> dict[
     for _ in range(WARM_UP):
         phase.ready()
         phase.timed_ms()
-    plain, clocked, steps = [], [], []
+    plain: list[float] = []
+    clocked: list[float] = []
+    steps: list[list[Span]] = []
     started = time.perf_counter()
     while len(steps) < FEWEST or (len(steps) < REPEATS and time.perf_counter() - started < LONGEST_S):
         phase.ready()
