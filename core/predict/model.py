@@ -1,7 +1,7 @@
 """What of a model decides its speed and memory: bytes that a step reads, numbers it keeps, multiplications it does.
 
-Counted from an open model's card and the headers of its files, so that packed weights count as they are stored; or from
-a ``config.json`` alone and the bits of a format, for a model that is not here. Knows no device and no time.
+Counted from a model's anatomy and the headers of its files, so that packed weights count as they are stored;
+``core.predict.config`` counts a model that is not here. Knows no device and no time.
 
 Legend: L layers, E experts of a layer, G key/value heads, K ``head_dim``.
 """
@@ -191,73 +191,3 @@ def _head_parameters(counts: Mapping[str, float], anatomy: Anatomy) -> float:
 
 def _chosen(routing: Routing | None, layer: int) -> tuple[float, ...] | None:
     return None if routing is None or layer not in routing else tuple(routing[layer])
-
-
-# --- from its config alone -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Bits:
-    """Bits per weight of a format, scales included, by what it stores."""
-
-    blocks: float
-    """Attention and dense MLPs."""
-    head: float
-    """The unembedding, and with it an embedding that is tied to it."""
-    embedding: float
-    experts: float
-
-
-def of_config(name: str, config: Mapping[str, Any], bits: Bits) -> Shape:
-    """The shape of a decoder of the usual kind (grouped attention, gated MLP) from its ``config.json``.
-
-    Biases and norms are left out (under 0.1 % of the weights). Raises ``BadInput`` for a config without the sizes.
-    """
-    try:
-        n_layers, d, heads = (
-            int(config[key]) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
-        )
-        d_ff, vocab = int(config["intermediate_size"]), int(config["vocab_size"])
-    except KeyError as missing:
-        raise BadInput(
-            f"{name}: the config has no {missing}; give one of a decoder such as Llama or Qwen"
-        ) from None
-    groups = int(config.get("num_key_value_heads") or heads)
-    size = int(config.get("head_dim") or d // heads)
-    n_experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
-    top_k = int(config.get("num_experts_per_tok") or 0)
-    d_expert = int(config.get("moe_intermediate_size") or d_ff)
-    attention = 2 * d * heads * size + 2 * d * groups * size
-    rest = d * n_experts if n_experts else 3 * d * d_ff
-    expert = 3.0 * d * d_expert if n_experts else 0.0
-    window, every = config.get("sliding_window"), int(config.get("sliding_window_every") or 1)
-    layers = tuple(
-        Layer(
-            kept=2 * groups * size,
-            window=window if window and index % every == 0 else None,
-            attends=heads * size,
-            n_experts=n_experts,
-            top_k=top_k,
-            expert_bytes=expert * bits.experts / 8,
-            expert_parameters=expert,
-        )
-        for index in range(n_layers)
-    )
-    blocks, table = float(n_layers * (attention + rest)), float(vocab * d)
-    tied, experts = bool(config.get("tie_word_embeddings")), n_layers * n_experts * expert
-    read = (blocks * bits.blocks + table * bits.head) / 8
-    return Shape(
-        name=name,
-        family="decoder",
-        weight_bytes=read + (0 if tied else table * bits.embedding / 8) + experts * bits.experts / 8,
-        read_bytes=read,
-        parameters=blocks + table * (1 if tied else 2) + experts,
-        read_parameters=blocks + table,
-        head_parameters=table,
-        layers=layers,
-        d_model=d,
-        d_ff=d_expert * top_k if n_experts else d_ff,
-        vocab_size=vocab,
-        context_length=int(config.get("max_position_embeddings") or 1 << 20),
-        counted="config",
-    )

@@ -1,7 +1,7 @@
 """Published rates of language models, each with the bytes and multiplications behind it.
 
 A row is one figure that somebody measured on one device and printed. Its byte count is ours, from the model's config and
-the format's bits (``model.of_config``), so that the table tries the very formulas that predictions are made with.
+the format's bits (``config.of_config``), so that the table tries the very formulas that predictions are made with.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import yaml
 
 from core.devices import registry
 from core.devices.registry import Device, EngineClass
-from core.predict.model import Bits, Shape, of_config
+from core.predict.config import Bits, of_config
+from core.predict.model import Shape
 
 TABLE = Path(registry.__file__).with_name("published.yaml")
 KV_BYTES = 2
@@ -76,14 +77,35 @@ class Row:
 @cache
 def rows() -> tuple[Row, ...]:
     """Every row of the table."""
-    table = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+    table = _table()
     return tuple(_row(table, told) for told in table["rows"])
+
+
+def models() -> tuple[str, ...]:
+    """Names of the models whose sizes the table has."""
+    return tuple(_table()["models"])
+
+
+def formats() -> dict[str, Bits]:
+    """Bits per weight of each storage format that the table has."""
+    return {name: Bits(**bits) for name, bits in _table()["formats"].items()}
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """The sizes of one of ``models()``, as its ``config.json`` has them."""
+    return dict(_table()["models"][name])
+
+
+@cache
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+    return table
 
 
 def _row(table: dict[str, Any], told: dict[str, Any]) -> Row:
     source = table["sources"][told["source"]]
     depth = told.get("depth", source["depth"])
-    shape = of_config(told["model"], table["models"][told["model"]], Bits(**table["formats"][told["format"]]))
+    shape = of_config(told["model"], config_of(told["model"]), formats()[told["format"]])
     kept = shape.kept_numbers(depth) * told.get("kv_bytes", KV_BYTES)
     read, peer = told.get("read_gb"), told.get("peer_gb")
     return Row(

@@ -32,11 +32,16 @@ def decode_flops(shape: Shape, depth: int, *, batch: int) -> float:
     return batch * (2 * shape.active_parameters + shape.attention_flops(depth))
 
 
+def step_seconds(nbytes: float, flops: float, n_layers: int, pace: Pace) -> float:
+    """Seconds of any step; its multiplications count as nothing where the device's rate of them is not known."""
+    compute_s = flops / pace.flops_per_s if pace.flops_per_s else 0.0
+    return max(nbytes / pace.bytes_per_s, compute_s) + n_layers * pace.layer_s
+
+
 def decode_seconds(shape: Shape, pace: Pace, depth: int, *, batch: int = 1, kv_bytes: float = 2) -> float:
     """Seconds of one decode step with ``depth`` tokens in the cache of each of ``batch`` sequences."""
-    read_s = decode_bytes(shape, depth, batch=batch, kv_bytes=kv_bytes) / pace.bytes_per_s
-    compute_s = decode_flops(shape, depth, batch=batch) / pace.flops_per_s if pace.flops_per_s else 0.0
-    return max(read_s, compute_s) + len(shape.layers) * pace.layer_s
+    nbytes = decode_bytes(shape, depth, batch=batch, kv_bytes=kv_bytes)
+    return step_seconds(nbytes, decode_flops(shape, depth, batch=batch), len(shape.layers), pace)
 
 
 def prefill_flops(shape: Shape, prompt: int, *, batch: int = 1) -> float:
@@ -49,6 +54,5 @@ def prefill_seconds(shape: Shape, pace: Pace, prompt: int, *, batch: int = 1) ->
     """Seconds to the first token of a prompt; None where the device's rate of multiplications is not known."""
     if pace.flops_per_s is None:
         return None
-    compute_s = prefill_flops(shape, prompt, batch=batch) / pace.flops_per_s
-    read_s = shape.weights_read(batch * prompt) / pace.bytes_per_s
-    return max(compute_s, read_s) + len(shape.layers) * pace.layer_s
+    flops = prefill_flops(shape, prompt, batch=batch)
+    return step_seconds(shape.weights_read(batch * prompt), flops, len(shape.layers), pace)
