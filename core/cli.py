@@ -232,11 +232,6 @@ def _add_measuring(add: Add) -> None:
     parser.add_argument("--method", help="id of an evaluation (default: by model family)")
     _takes_text(parser, "--documents")
     _takes_settings(parser)
-    parser = add("profile", commands.profile_command)
-    _takes_model(parser, "model")
-    parser.add_argument("--runtime", default="torch_eager", help="id of a runtime (default: %(default)s)")
-    parser.add_argument("--tier", choices=list(EFFORTS), help="how long to measure")
-    _takes_settings(parser)
     parser = add("compare", commands.compare_command)
     parser.add_argument(
         "--base", metavar="MODEL", help="only variants of this base: its id or how it was opened"

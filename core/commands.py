@@ -170,18 +170,6 @@ def evaluate_command(args: argparse.Namespace) -> Any:
     )
 
 
-def profile_command(args: argparse.Namespace) -> Any:
-    """Measure a variant's speed and memory in a fresh process."""
-    from core.loop import profile_variant, register
-
-    catalog = _catalog()
-    variant = register(catalog, args.model, progress=terminal_progress())
-    settings = {**({"tier": args.tier} if args.tier else {}), **pairs(args.set)}
-    return profile_variant(
-        catalog, variant.id, method=args.runtime, settings=settings, progress=terminal_progress()
-    )
-
-
 def compare_command(args: argparse.Namespace) -> Any:
     """One row per variant: size, quality, speed, proof, and whether it is on the front; or every pair of some variants."""
     from core.loop import compare

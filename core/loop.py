@@ -214,10 +214,14 @@ def profile_variant(
     *,
     method: str = "torch_eager",
     settings: Mapping[str, Any] | None = None,
+    headline: bool = True,
     progress: Progress = silent,
     job_id: str | None = None,
 ) -> Run:
-    """Measure speed and memory of a variant's files in a fresh process; ``settings`` values may be text."""
+    """Measure speed and memory of a variant's files in a fresh process; ``settings`` values may be text.
+
+    With ``headline`` false the numbers are kept without becoming those that the variant is shown with: a cell of a grid.
+    """
     from core.profile.parity import against_base
 
     variant = catalog.variant(variant_id)
@@ -227,7 +231,8 @@ def profile_variant(
     started = datetime.now(UTC)
     with against_base(base_folder_of(catalog, variant)):
         result = chosen.run(folder, progress, parsed)
-    return record(catalog, "profile", variant.id, result, started, job_id=job_id)
+    also = None if headline else {"headline": False}
+    return record(catalog, "profile", variant.id, result, started, job_id=job_id, also=also)
 
 
 def compare(

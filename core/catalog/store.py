@@ -49,7 +49,8 @@ from core.errors import BadInput, CatalogError
 from core.types import Family, Run, Variant, content_hash
 
 HEADLINE_KINDS = frozenset({"evaluate", "profile"})
-"""Runs whose numbers compare variants; what compressing and proving cost is read run by run."""
+"""Runs whose numbers compare variants, unless their conditions say ``headline`` false; what compressing and proving cost is
+read run by run."""
 _RENEWED = ("source", "artifact", "format", "fingerprint", "bytes", "bits_per_weight", "proven")
 """What a variant that is made again may get anew; its id, base and recipe are what it is."""
 __all__ = ["Catalog", "base_id", "new_id"]
@@ -200,7 +201,7 @@ class Catalog(Database):
             session.add(run_row(run))
             session.flush()
             session.add_all([*rows, *layers, *kept])
-            if run.kind in HEADLINE_KINDS:
+            if run.kind in HEADLINE_KINDS and run.conditions.get("headline", True):
                 self._move_headlines(session, run)
         return run
 

@@ -51,7 +51,7 @@ def evaluate(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
 
 
 def profile(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
-    """Measure speed: ``{"model", "recipe" or null, "method", "settings"}``."""
+    """Measure speed: ``{"model", "recipe" or null, "method", "settings"}``, and ``"headline"`` false for a cell of a grid."""
     from core.loop import profile_variant
 
     return _said(
@@ -61,10 +61,21 @@ def profile(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
             _variant_id(spec, context),
             method=spec["method"],
             settings=spec["settings"],
+            headline=spec.get("headline", True),
             progress=context.progress,
             job_id=context.job.id,
         ),
     )
+
+
+def race(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Measure two in turn: ``{"model", "a", "b", "phase", "runtime_a", "runtime_b", "settings_a", "settings_b", "blocks", "delta"}``."""
+    from core.profile.race import race as run_race
+
+    asked = {name: value for name, value in spec.items() if name != "model"}
+    run = run_race(context.catalog, **asked, progress=context.progress, job_id=context.job.id)
+    context.say(run.conditions["verdict"]["sentence"])
+    return _said(context, run)
 
 
 def probe(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
@@ -121,6 +132,7 @@ TASKS: dict[str, Task] = {
     "compress": compress,
     "evaluate": evaluate,
     "profile": profile,
+    "race": race,
     "probe": probe,
     "train": train,
     "export": export,

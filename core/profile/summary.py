@@ -16,7 +16,7 @@ import pandas as pd
 from core.profile import parity
 from core.profile.measured import Measured, Phase
 from core.profile.protocol import Protocol
-from core.profile.quantiles import Interval, quantile, smallest_n
+from core.profile.quantiles import Interval, early_stopping_bound, quantile, smallest_n
 from core.profile.runtimes._base import ProfileSettings
 from core.types import Metric, Provenance, Result, View
 
@@ -182,6 +182,12 @@ def _notes(
             yield f"{left_out} of {len(warm)} {phase} samples were contended and left out of the quantiles"
         if len(rows) < smallest_n(PERCENTILES[0]):
             yield f"{phase}: {len(rows)} samples are too few for a 90th percentile ({smallest_n(PERCENTILES[0])} needed)"
+        for q in PERCENTILES:
+            if (bound := early_stopping_bound(rows["value_ms"].tolist(), q)) is not None:
+                yield (
+                    f"{phase}: {q:.0%} take at most {bound:.4g} ms, with 99 % confidence for independent samples "
+                    f"(MLPerf's early stopping, {len(rows)} samples)"
+                )
     memory = measured.memory.baseline_bytes / 2**20
     peak = "peak_memory_bytes" if measured.facts.device_peak_bytes is None else "host_peak_memory_bytes"
     yield f"{peak} counts the whole process, of which Python and its libraries take {memory:.0f} MiB"
