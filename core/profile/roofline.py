@@ -185,7 +185,12 @@ def measured(run: Run, stem: str) -> Measurement | None:
 def _is_here(run: Run, device: str, host: Mapping[str, Any]) -> bool:
     """Whether a run is a profile of this very machine and device."""
     taken = run.conditions.get("environment", {}).get("host", {})
-    return run.kind == "profile" and run.conditions.get("device") == device and dict(taken) == dict(host)
+    return run.kind == "profile" and run.conditions.get("device") == device and _same(taken, host)
+
+
+def _same(stored: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a record equals what it was written from; a database gives lists back for tuples."""
+    return canonical_json(stored) == canonical_json(now)
 
 
 def _newest(runs: Iterator[Run]) -> list[Run]:
