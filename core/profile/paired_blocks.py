@@ -6,7 +6,7 @@ itself too: one wild block hardly moves it); its interval is a bootstrap over bl
 made wider by √((1 + r) / (1 − r)) where neighbouring blocks resemble each other (lag-1 autocorrelation r > 0.2; in
 simulations of 12 to 48 blocks that keeps what it promises better than a moving-block bootstrap).
 
-Three answers that exclude each other. *Equivalent*: the whole 95 % interval lies within ±δ, as by two one-sided tests at
+Three answers that exclude each other. *Equivalent*: the whole 95 % interval lies within ±ln(1 + δ), as by two one-sided tests at
 2.5 % (TOST, Schuirmann 1987). *Faster*: the interval leaves out 0, and δ is not excluded. *Inconclusive*: all else. Times of
 different sessions are not paired, so nothing here may be asked of them.
 """
@@ -65,7 +65,7 @@ class PairVerdict:
                 return f"Inconclusive: {numbers}; about {self.more_blocks} more blocks would decide it."
             case _:
                 nearest = self.low if self.ratio > 1 else self.high
-                sure = abs(math.log(nearest)) > self.delta
+                sure = abs(math.log(nearest)) > math.log1p(self.delta)
                 doubt = "" if sure else f"; that it is more than {self.delta:.0%} is not certain"
                 return f"{self.verdict[0].upper()} is faster: {numbers}{doubt}."
 
@@ -98,31 +98,32 @@ def compare_blocks(
             "inconclusive", math.exp(-centre), None, None, n, max(FEWEST - n, 1), delta, too_few
         )
     low, high, how = found
-    verdict = _called(low, high, delta)
+    margin = math.log1p(delta)
+    verdict = _called(low, high, margin)
     return PairVerdict(
         verdict,
         ratio=math.exp(-centre),
         low=math.exp(-high),
         high=math.exp(-low),
         n_blocks=n,
-        more_blocks=_more(n, (high - low) / 2, delta) if verdict == "inconclusive" else None,
+        more_blocks=_more(n, (high - low) / 2, margin) if verdict == "inconclusive" else None,
         delta=delta,
         interval=how,
     )
 
 
-def _called(low: float, high: float, delta: float) -> Called:
+def _called(low: float, high: float, margin: float) -> Called:
     """The verdict on an interval of ln(time of B / time of A)."""
-    if -delta < low and high < delta:
+    if -margin < low and high < margin:
         return "equivalent"
     if low > 0:
         return "a is faster"
     return "b is faster" if high < 0 else "inconclusive"
 
 
-def _more(n: int, half_width: float, delta: float) -> int:
+def _more(n: int, half_width: float, margin: float) -> int:
     """Blocks to go until the half-width is δ/2, when every effect is decided: (2 · 1.96 · s / δ)² in all."""
-    return max(1, math.ceil(n * (2 * half_width / delta) ** 2) - n)
+    return max(1, math.ceil(n * (2 * half_width / margin) ** 2) - n)
 
 
 def _interval(effects: Floats, centre: float, *, draws: int, seed: int) -> tuple[float, float, str] | None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from core.profile.quantiles import interval_ranks, lag1_autocorrelation, quantile, smallest_n
+from core.profile.quantiles import (
+    early_stopping_bound,
+    early_stopping_minimum,
+    interval_ranks,
+    lag1_autocorrelation,
+    quantile,
+    smallest_n,
+)
 from tests.references.slow_statistics import coverage, tail_below
 
 
@@ -95,3 +102,25 @@ def test_autocorrelation_known_answers():
 
 def test_no_samples_no_number():
     assert quantile([], 0.5) is None
+
+
+@pytest.mark.parametrize(
+    ("q", "minima"), [(0.9, {1: 64, 2: 81, 5: 127, 10: 197}), (0.99, {1: 662, 2: 838, 5: 1307, 10: 2010})]
+)
+def test_early_stopping_minima_are_mlperfs(q, minima):
+    assert {slow: early_stopping_minimum(q, slow) for slow in minima} == minima
+    for slow, n in minima.items():  # by definition: so few slow ones are seen in at most 1 % of such series
+        assert tail_below(n, 1 - q, slow + 1) <= 0.01 < tail_below(n - 1, 1 - q, slow + 1)
+
+
+def test_early_stopping_drops_all_but_one_of_the_slow_ones():
+    values = np.random.default_rng(4).permutation(np.arange(1, 128)).astype(float).tolist()
+    assert early_stopping_bound(values[:63], 0.9) is None
+    assert early_stopping_bound(values, 0.9) == 123.0  # 127 samples may have 5 slow ones: 4 are dropped
+    assert early_stopping_bound(sorted(values)[:126], 0.9) == 123.0  # 126 only 4, of a largest value of 126
+
+
+def test_the_early_stopping_bound_holds_as_often_as_it_says():
+    random = np.random.default_rng(5)
+    bounds = [early_stopping_bound(random.random(100).tolist(), 0.9) for _ in range(1000)]
+    assert sum(bound < 0.9 for bound in bounds) <= 20  # 1 % of 1000, and some luck
