@@ -25,7 +25,7 @@ test: $(VENV)/.installed-dev chromium sshd ## lint, types and every test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q $(WORKERS)
 
-test-all:                      ## `make test` with every rotating test, not a third of them: what to run before a release
+test-all:                      ## `make test` with every rotating test, not a quarter of them: what to run before a release
 	SLIMSCOPE_ROTATION=all $(MAKE) test
 
 check: $(VENV)/.installed-dev  ## the quick half of `make test`: lint, types, tests under ~10 s each

@@ -1,7 +1,7 @@
 """The one Chromium of a test session, since Playwright cannot be started twice in a process; patient threads; turns; and long files first.
 
-Tests marked ``rotating`` take turns: each day runs a third of them, chosen by name, so that all have run after three
-days. ``SLIMSCOPE_ROTATION`` names a turn (0, 1, 2) or ``all``.
+Tests marked ``rotating`` take turns: each day runs a quarter of them, chosen by name, so that all have run after four
+days. ``SLIMSCOPE_ROTATION`` names a turn (0 to 3) or ``all``.
 
 Tests share the cores with the dashboards, inspectors and workers that they start: torch's threads must sleep while
 they wait, as ``core.lazy`` has it, also where a test imports torch before core.
@@ -32,7 +32,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-TURNS = 3
+TURNS = 4
 SECONDS = {"browser": 30, "slow": 20}
 """What a test of this mark takes, roughly."""
 PROCESSES = {"faults", "jobs", "inspector", "test_cli.py", "test_loop.py", "test_sweep.py"}
