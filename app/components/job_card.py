@@ -5,8 +5,9 @@ Also the watcher that says, on any page, that a job has ended.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import streamlit as st
 
@@ -48,13 +49,40 @@ def subject(job: Job) -> str:
         known = methods(job.kind)  # type: ignore[arg-type]
         id_ = str(job.spec.get("method"))
         return known[id_].title if id_ in known else "a method this version does not know"
+    if job.kind in ("where", "race", "machine"):
+        return _measured(job)
     recipe = job.spec.get("recipe")
     if not recipe:
-        return "the base"
+        return _measured(job) if str(job.spec.get("model")).startswith("variant:") else "the base"
     try:
         return Recipe.parse(recipe).label()
     except BadInput:
         return "a recipe this version does not know"
+
+
+def _measured(job: Job) -> str:
+    """What a measurement of models of the catalog is about: their names, and the runtimes they run in."""
+    spec = job.spec
+    if job.kind == "machine":
+        return "the roofs of this machine"
+    if job.kind == "race":
+        sides = [
+            f"{_name(str(spec['a']))} in {spec['runtime_a']}",
+            f"{_name(str(spec['b']))} in {spec['runtime_b']}",
+        ]
+        return " against ".join(sides)
+    name = _name(str(spec["model"]).removeprefix("variant:"))
+    settings: Mapping[str, Any] = spec.get("settings") or {}
+    weights = settings.get("weights", "stored")
+    told = f" {weights}" if weights != "stored" else ""
+    return f"{name} in {spec['method']}{told}" if "method" in spec else name
+
+
+def _name(variant: str) -> str:
+    try:
+        return engine.variant_of(variant).name
+    except BadInput:
+        return variant
 
 
 def title(job: Job) -> str:

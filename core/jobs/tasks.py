@@ -11,7 +11,7 @@ from typing import Any
 
 from core.jobs.context import Task, TaskContext
 from core.recipe import Recipe
-from core.types import Prompt, Run
+from core.types import Prompt, Run, part_of
 
 
 def compress(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
@@ -128,11 +128,44 @@ def export(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
     return {**_said(context, made.run), "package": package_of(made.run)}
 
 
+def where(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Look where the time goes: ``{"model", "method" (a runtime), "settings"}``."""
+    from core.loop import register
+    from core.profile.where.kept import look_at
+
+    run = look_at(
+        context.catalog,
+        register(context.catalog, spec["model"]).id,
+        runtime=spec["method"],
+        settings=spec["settings"],
+        progress=context.progress,
+        job_id=context.job.id,
+    )
+    return _said(context, run)
+
+
+def machine(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Measure the roofs of this machine, and count what the steps of a base's variants must read: ``{"model", "again"}``."""
+    from core.loop import register
+    from core.profile.machine import machine_roofs
+    from core.profile.roofline import roofline
+
+    roofs = machine_roofs("cpu", part_of(context.progress, 0.0, 0.6), again=spec["again"])
+    base = register(context.catalog, spec["model"]).base_id
+    rows = roofline(context.catalog, base, roofs, part_of(context.progress, 0.6, 1.0))
+    context.say(
+        f"reads {roofs.read_bytes_per_s() / 1e9:.3g} GB/s, {len(rows)} measured phases placed under the roofs"
+    )
+    return {"taken_at": roofs.taken_at, "flags": list(roofs.flags), "phases": len(rows)}
+
+
 TASKS: dict[str, Task] = {
     "compress": compress,
     "evaluate": evaluate,
     "profile": profile,
     "race": race,
+    "where": where,
+    "machine": machine,
     "probe": probe,
     "train": train,
     "export": export,
