@@ -89,7 +89,7 @@ def run(loaded: LoadedModel, folder: Path, progress: Progress, settings: OnnxSet
             _onnx_graph.int8_tables(program)
     progress(0.5, 1.0, "writing the graph")
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as scratch:
-        _write(program, Path(scratch), folder, settings)
+        write_graph(program, Path(scratch), folder, settings)
     operators = _operators(folder / FILE)
     wanted = QUANTIZED[settings.weights]
     count = sum(operators[name] for name in wanted)
@@ -124,7 +124,7 @@ def _export(model: Any, inputs: dict[str, Any], config: dict[str, Any]) -> Any:
     return exporters.OnnxExporter().export(model, inputs, exporters.OnnxConfig(**config)).program
 
 
-def _write(program: Any, scratch: Path, folder: Path, settings: OnnxSettings) -> None:
+def write_graph(program: Any, scratch: Path, folder: Path, settings: OnnxSettings) -> None:
     """The graph and its weights beside it (``model.onnx.data``), quantized on the way where asked."""
     import onnx
     import onnx_ir

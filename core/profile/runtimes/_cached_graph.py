@@ -36,7 +36,7 @@ def cached_graph(loaded: LoadedModel, *, runtime: str) -> CachedGraph:
 
     Raises ``CannotMeasure`` where its cache is more than keys and values, or where it does not trace.
     """
-    past = _small_past(loaded, runtime)
+    past = [(layer.keys, layer.values) for layer in small_cache(loaded, runtime).layers]
     ids_BP = torch.randint(0, loaded.anatomy.vocab_size, (2, 3))
     free = torch.export.Dim.DYNAMIC
     pair = ({0: free, 2: free}, {0: free, 2: free})
@@ -56,9 +56,9 @@ def cached_graph(loaded: LoadedModel, *, runtime: str) -> CachedGraph:
     return CachedGraph(program, tuple((int(t.shape[1]), int(t.shape[3])) for t in flat))
 
 
-def _small_past(loaded: LoadedModel, runtime: str) -> list[tuple[Any, Any]]:
-    """The cache after a few tokens of two sequences."""
-    ids_BP = torch.randint(0, loaded.anatomy.vocab_size, (2, 5))
+def small_cache(loaded: LoadedModel, runtime: str, *, sequences: int = 2) -> Any:
+    """The model's own cache after a few tokens; raises ``CannotMeasure`` where it is more than keys and values."""
+    ids_BP = torch.randint(0, loaded.anatomy.vocab_size, (sequences, 5))
     with torch.no_grad():
         cache = loaded.model(input_ids=ids_BP, use_cache=True).past_key_values
     layers = getattr(cache, "layers", [])
@@ -67,7 +67,7 @@ def _small_past(loaded: LoadedModel, runtime: str) -> list[tuple[Any, Any]]:
             f"{loaded.anatomy.architecture} keeps something else than keys and values, which {runtime} cannot hold; "
             "measure it in torch_eager"
         )
-    return [(layer.keys, layer.values) for layer in layers]
+    return cache
 
 
 def _step_class() -> Any:
