@@ -151,7 +151,7 @@ def device(slug: str, user: Path | None = None) -> Device:
     if slug in known:
         return known[slug]
     close = difflib.get_close_matches(slug, known, n=3, cutoff=0.4)
-    hint = f"close ones are {', '.join(close)}" if close else "`slimscope predict MODEL` lists them all"
+    hint = f"close ones are {', '.join(close)}" if close else "`slimscope predict --list` lists them all"
     raise BadInput(f"no device is called {slug!r}; {hint}")
 
 

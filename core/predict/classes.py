@@ -44,13 +44,18 @@ class Efficiency:
     """Of the dense peak, in a prompt (η_c); None where no row tells."""
     n_rows: int
     n_devices: int
+    least_bytes: float
+    """Read per step by the smallest model behind it: for much smaller ones nothing tells what calls cost."""
 
-    def pace(self, device: Device) -> Pace | None:
-        """What a device reaches with it; None for one whose bandwidth is not known."""
+    def pace(self, device: Device, *, assumed: float | None = None) -> Pace | None:
+        """What a device reaches with it; None for one whose bandwidth is not known.
+
+        ``assumed`` is the share of the dense peak where no row tells it.
+        """
         if device.bandwidth is None:
             return None
-        top = peak(device)
-        flops = None if top is None or self.compute_share is None else self.compute_share * top
+        top, share = peak(device), assumed if self.compute_share is None else self.compute_share
+        flops = None if top is None or share is None else share * top
         return Pace(self.share * device.bandwidth, flops, self.layer_s)
 
 
@@ -89,6 +94,7 @@ def fit(known: Sequence[Row], engine: EngineClass | None) -> Efficiency:
         float(np.median(computed)) if computed else None,
         len(known),
         len({row.device.slug for row in known}),
+        min(row.read_bytes for row in known),
     )
 
 

@@ -100,9 +100,7 @@ def _attention(name: str, config: Mapping[str, Any], d: int) -> Attention:
         query = rank * (d + heads * (nope + rope)) if rank else d * heads * (nope + rope)
         keys = d * (latent + rope) + latent * heads * (nope + value)
         # Scores over nope + rope and values over v_head_dim: together 4 FLOP per number of their mean.
-        return Attention(
-            query + keys + heads * value * d, latent + rope, heads * (nope + rope + value) // 2
-        )
+        return Attention(query + keys + heads * value * d, latent + rope, heads * (nope + rope + value) // 2)
     groups = int(config.get("num_key_value_heads") or heads)
     size = int(config.get("head_dim") or d // heads)
     return Attention(2 * d * heads * size + 2 * d * groups * size, 2 * groups * size, heads * size)
@@ -124,9 +122,7 @@ def _windows(name: str, config: Mapping[str, Any], n_layers: int) -> list[int | 
         return [window if kind == "sliding_attention" else None for kind in kinds]
     if pattern := config.get("sliding_window_pattern"):  # Gemma 3, Command R7B: every n-th layer sees all
         return [window if (index + 1) % pattern else None for index in range(n_layers)]
-    every = int(
-        config.get("sliding_window_every") or (2 if config.get("model_type") in SLIDING_FIRST else 1)
-    )
+    every = int(config.get("sliding_window_every") or (2 if config.get("model_type") in SLIDING_FIRST else 1))
     return [window if index % every == 0 else None for index in range(n_layers)]
 
 
@@ -158,8 +154,7 @@ class _Experts:
             int(config.get("num_experts_per_tok") or 1),
         )
         shared = int(
-            config.get("shared_expert_intermediate_size")
-            or width * int(config.get("n_shared_experts") or 0)
+            config.get("shared_expert_intermediate_size") or width * int(config.get("n_shared_experts") or 0)
         )
         return cls(
             n=n,

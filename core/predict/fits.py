@@ -1,103 +1,94 @@
-"""Where a model would run, and how fast: one row per device of the registry, modelled and never measured.
+"""On which devices a model fits, and how fast it would be there: one row per device.
 
-``fits_on`` gives:
-
-- slug, name, kind, engine (empty where no rate can be told)
-- fits; why: empty, ``weights too big`` (no context would help), or ``context too long`` (a shorter one fits)
-- needed_bytes, weights_bytes, kv_bytes, usable_bytes; longest_context: tokens that fit (0 if the weights do not)
-- decode_tokens_per_s, ttft_ms, each with ``_low`` and ``_high``: the band in which 80 % of held-out published figures of
-  that class lay (``track_record``); NaN where the model does not fit or the device's rates are not known
-- confidence and source of the device's figures
+Columns (``COLUMNS``): slug, name, kind, engine (missing where no rate can be told), fits, why (``weights too big``, ``context too long`` or empty), next (what would make
+it fit), needed_bytes, weights_bytes, kv_bytes, usable_bytes, longest_context, decode_tokens_per_s, ttft_ms, each with
+``_low`` and ``_high`` (NaN where it does not fit or nothing tells), bound, anchored, extrapolated, basis, confidence (of the device's figures), source.
+Everything is modelled but what the anchors rest on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
-from core.devices.registry import Device, devices
-from core.predict.classes import efficiencies
-from core.predict.memory import longest_context, need
+from core.devices.registry import Device
+from core.errors import BadInput
+from core.predict.anchors import Observed, anchor_of, known_devices, observed
 from core.predict.model import Shape
-from core.predict.rate import decode_seconds, prefill_seconds
-from core.predict.track_record import band
+from core.predict.predict import Band, Prediction, Workload, predict
+from core.predict.source import variant_shape
+from core.types import Progress, silent
 
+if TYPE_CHECKING:
+    from core.catalog.store import Catalog
+
+RATES = tuple(f"{name}{end}" for name in ("decode_tokens_per_s", "ttft_ms") for end in ("", "_low", "_high"))
 COLUMNS = (
-    *("slug", "name", "kind", "engine", "fits", "why"),
+    *("slug", "name", "kind", "engine", "fits", "why", "next"),
     *("needed_bytes", "weights_bytes", "kv_bytes", "usable_bytes", "longest_context"),
-    *("decode_tokens_per_s", "decode_tokens_per_s_low", "decode_tokens_per_s_high"),
-    *("ttft_ms", "ttft_ms_low", "ttft_ms_high", "confidence", "source"),
+    *RATES,
+    *("bound", "anchored", "extrapolated", "basis", "confidence", "source"),
 )
 
 
 def fits_on(
-    shape: Shape,
+    of: Catalog | Shape,
+    variant: str | None = None,
     *,
-    context: int = 2048,
-    prompt: int = 256,
-    batch: int = 1,
-    kv_bytes: float = 2,
+    workload: Workload | None = None,
     known: Mapping[str, Device] | None = None,
+    seen: Sequence[Observed] = (),
+    progress: Progress = silent,
 ) -> pd.DataFrame:
-    """Every device, those on which the model fits first, the fastest first; see the module for the columns.
+    """One row per device, those it fits first, the fastest first.
 
-    ``context`` is tokens in the cache when a step is timed and for which room is needed; ``kv_bytes`` those of a cached
-    number. ``known`` defaults to the registry with the user's own devices.
+    ``of`` is a shape, with what was ``seen`` on devices, or a catalog in which ``variant`` is; its own measurements then
+    are what was seen. Raises ``BadInput`` (unknown variant, more context than the model has), ``CannotOpen``.
     """
-    rows = [
-        _row(shape, device, context, prompt, batch, kv_bytes)
-        for device in (devices() if known is None else known).values()
+    if isinstance(of, Shape):
+        shape = of
+    elif variant is None:
+        raise BadInput("name the variant of the catalog that is to be predicted")
+    else:
+        shape, seen = variant_shape(of, variant, progress), observed(of, progress)
+    found = [
+        predict(shape, device, workload, anchor=anchor_of(device, shape, seen))
+        for device in (known_devices() if known is None else known).values()
     ]
-    frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    return frame.sort_values(
-        ["fits", "decode_tokens_per_s"], ascending=[False, False], na_position="last", ignore_index=True
-    )
+    frame = pd.DataFrame([row_of(one) for one in found], columns=list(COLUMNS))
+    frame = frame.astype(dict.fromkeys(RATES, float))
+    order = ["fits", "decode_tokens_per_s", "usable_bytes"]
+    return frame.sort_values(order, ascending=False, kind="stable", ignore_index=True)
 
 
-def _row(
-    shape: Shape, device: Device, context: int, prompt: int, batch: int, kv_bytes: float
-) -> dict[str, object]:
-    engine = device.engines[0] if device.engines else None
-    needed = need(shape, context, batch=batch, kv_bytes=kv_bytes, engine=engine)
-    longest = longest_context(shape, device.usable_bytes, batch=batch, kv_bytes=kv_bytes, engine=engine)
-    fits = needed.total <= device.usable_bytes
-    why = "" if fits else "context too long" if longest else "weights too big"
-    row: dict[str, object] = {
-        "slug": device.slug,
-        "name": device.name,
-        "kind": device.kind,
-        "engine": engine or "",
-        "fits": fits,
-        "why": why,
-        "needed_bytes": needed.total,
-        "weights_bytes": needed.weights,
-        "kv_bytes": needed.kv,
-        "usable_bytes": device.usable_bytes,
-        "longest_context": longest,
-        "confidence": device.confidence,
-        "source": device.source,
+def row_of(one: Prediction) -> dict[str, object]:
+    """A prediction as a row."""
+    return {
+        "slug": one.device.slug,
+        "name": one.device.name,
+        "kind": one.device.kind,
+        "engine": one.engine,
+        "fits": one.fits,
+        "why": one.why,
+        "next": one.next_step,
+        "needed_bytes": one.need.total,
+        "weights_bytes": one.need.weights,
+        "kv_bytes": one.need.kv,
+        "usable_bytes": one.device.usable_bytes,
+        "longest_context": one.longest_context,
+        **_ends("decode_tokens_per_s", one.decode_tokens_per_s),
+        **_ends("ttft_ms", one.ttft_ms),
+        "bound": one.bound,
+        "anchored": one.anchor is not None,
+        "extrapolated": one.extrapolated,
+        "basis": one.basis,
+        "confidence": one.device.confidence,
+        "source": one.device.source,
     }
-    rates = ("decode_tokens_per_s", "ttft_ms")
-    row |= {f"{name}{end}": np.nan for name in rates for end in ("", "_low", "_high")}
-    learned = efficiencies().get(engine) if engine else None
-    pace = learned.pace(device) if learned else None
-    if engine is None or pace is None or not fits:
-        return row
-    low, high = band(engine)
-    if shape.family == "decoder":
-        rate = batch / decode_seconds(shape, pace, context, batch=batch, kv_bytes=kv_bytes)
-        row |= {
-            "decode_tokens_per_s": rate,
-            "decode_tokens_per_s_low": rate * low,
-            "decode_tokens_per_s_high": rate * high,
-        }
-    seconds = prefill_seconds(shape, pace, prompt, batch=batch)
-    if seconds is not None:
-        row |= {
-            "ttft_ms": seconds * 1e3,
-            "ttft_ms_low": seconds * 1e3 / high,
-            "ttft_ms_high": seconds * 1e3 / low,
-        }
-    return row
+
+
+def _ends(name: str, band: Band | None) -> dict[str, float | None]:
+    value, low, high = (band.value, band.low, band.high) if band else (None, None, None)
+    return {name: value, f"{name}_low": low, f"{name}_high": high}

@@ -177,7 +177,9 @@ class _Held:
     def predicted_prefill(self, row: Row, out: frozenset[str]) -> float | None:
         """Tokens per second of a row's prompt; None without a published one, or where nothing tells."""
         pace: Pace | None = self.fitted(row.engine, out)[0].pace(row.device)
-        seconds = None if pace is None or row.prefill is None else prefill_seconds(row.shape, pace, row.prompt)
+        seconds = (
+            None if pace is None or row.prefill is None else prefill_seconds(row.shape, pace, row.prompt)
+        )
         return None if seconds is None else row.prompt / seconds
 
     def band(self, engine: EngineClass, phase: Phase, out: frozenset[str]) -> float:
@@ -195,4 +197,6 @@ class _Held:
         if phase == "decode":
             return float(abs(np.log(self.predicted(row, without) / row.decode)))
         predicted = self.predicted_prefill(row, without)
-        return None if predicted is None or row.prefill is None else float(abs(np.log(predicted / row.prefill)))
+        return (
+            None if predicted is None or row.prefill is None else float(abs(np.log(predicted / row.prefill)))
+        )
