@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +143,8 @@ def deeper(folder: Path, target: Path, times: int) -> Path:
     """The same model with all its layers ``times`` times over."""
     shutil.copytree(folder, target)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    model.model.layers = torch.nn.ModuleList(list(model.model.layers) * times)
+    layers = list(model.model.layers)
+    model.model.layers = torch.nn.ModuleList(deepcopy(layer) for _ in range(times) for layer in layers)
     model.config.num_hidden_layers *= times
     model.save_pretrained(target, safe_serialization=True)
     return target
