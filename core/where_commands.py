@@ -1,4 +1,4 @@
-"""What ``slimscope where`` and ``slimscope machine`` do: where the time of a model goes, and what this machine can do."""
+"""What ``slimscope where``, ``roofline`` and ``machine`` do: where the time of a model goes, and what this machine can do."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 Add = Callable[[str, Callable[[argparse.Namespace], Any]], argparse.ArgumentParser]
 TOP = {"component": 6, "module": 8, "operator": 5}
 """Rows of each table and phase that a terminal shows; ``--json`` has all."""
+SHOWN_ACTIONS = 3
 UNITS = {"bytes/s": (1e9, "GB/s"), "FLOP/s": (1e9, "GFLOP/s"), "s": (1e-6, "µs")}
 """Unit of a roof → what a reader wants to see."""
 
 
 def add_to(add: Add) -> None:
-    """Put both commands into the command line."""
+    """Put the commands into the command line."""
     parser = add("where", where_command)
     model = "demo:NAME, variant:ID, a folder, a .gguf file, or a hub id with optional @revision"
     parser.add_argument("model", metavar="MODEL", help=model)
@@ -36,6 +37,11 @@ def add_to(add: Add) -> None:
     parser.add_argument("--runtime", default="torch_eager", help="id of a runtime (default: %(default)s)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the runtime; repeatable"
+    )
+    parser = add("roofline", roofline_command)
+    parser.add_argument("model", metavar="MODEL", help=f"{model}; its base and all variants are shown")
+    parser.add_argument(
+        "--device", default="cpu", choices=["cpu", "cuda"], help="whose (default: %(default)s)"
     )
     parser = add("machine", machine_command)
     parser.add_argument("--again", action="store_true", help="measure although there are roofs already")
@@ -60,6 +66,33 @@ def machine_command(args: argparse.Namespace) -> Any:
         f"best of n repetitions, taken {roofs.taken_at} on {roofs.device}" + (busy if roofs.flags else ""),
     )
     return Result({"roofs": shown.round(3)}, (), notes=notes, flags=roofs.flags)
+
+
+def roofline_command(args: argparse.Namespace) -> Any:
+    """Hold every measured phase of a model's variants against this machine's roofs, and say what holds it back."""
+    from core.catalog.store import Catalog
+    from core.loop import register
+    from core.profile.bottleneck import verdicts
+    from core.profile.machine import machine_roofs
+    from core.profile.roofline import roofline
+
+    catalog, progress = Catalog(), terminal_progress()
+    base = register(catalog, args.model, progress=progress).base_id
+    roofs = machine_roofs(args.device, progress)
+    rows = roofline(catalog, base, roofs, progress)
+    found = verdicts(catalog, base, roofs, progress)[["run", "phase", "cause", "action", "gain"]]
+    rows = rows.merge(found, on=["run", "phase"])
+    if args.json:
+        return rows
+    shown = rows[["name", "runtime", "settings", "phase"]].assign(
+        ms=(rows["seconds"] * 1e3).round(2), MB=(rows["bytes"] / 1e6).round(1)
+    )
+    for name in ("share_of_bandwidth", "share_of_matrix_rate", "share_of_roof"):
+        shown[name.removeprefix("share_of_")] = rows[name].round(3)
+    shown[["bound", "held back by", "flagged"]] = rows[["bound", "cause", "flagged"]]
+    best = f"{roofs.read_bytes_per_s() / 1e9:.1f} GB/s, {roofs.flops_per_s('float32') / 1e9:.0f} GFLOP/s in float32"
+    notes = (f"shares of this machine's best, measured {roofs.taken_at}: {best}",)
+    return Result({"roofline": shown}, (), notes=notes, flags=roofs.flags)
 
 
 def where_command(args: argparse.Namespace) -> Any:
@@ -133,7 +166,7 @@ def _sentences(answer: Mapping[str, Any]) -> list[str]:
     for said in models:
         for verdict in said["verdicts"]:
             lines.append(f"{said['name']}: {verdict['sentence']} (time: {verdict['time_from']})")
-            lines.append(f"  next: {verdict['action']}")
+            lines += [f"  at most {a.gain:.2f} ×: {a.text}" for a in verdict["actions"][:SHOWN_ACTIONS]]
     lines += [*answer["notes"]]
     if "against" in answer:
         lines.append(

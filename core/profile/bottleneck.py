@@ -70,7 +70,7 @@ class Verdict:
     rest_s: float
     """Measured less the larger of the two: calls between kernels, and kernels slower than the roofs."""
     calls_s: float | None
-    """Of the rest, what empty layers take in eager torch here; None for a runtime whose calls were not measured."""
+    """Of the rest, what calls take: those of empty layers in eager torch here; None for another runtime."""
     sentence: str
     action: str
     """The next best thing to try, and what it could bring at most."""
@@ -92,14 +92,15 @@ def verdict(step: Step, roofs: Roofs) -> Verdict:
     calls_s = None
     if step.runtime == PLAIN:
         calls_s = step.n_layers * roofs.layer_overhead_s + roofs.step_overhead_s
-    actions = tuple(sorted(_actions(step, roofs, rest_s), key=lambda action: action.seconds))
+        calls_s = min(calls_s, rest_s)
+    actions = tuple(sorted(_actions(step, roofs, rest_s, calls_s), key=lambda action: action.seconds))
     sentence = (
         f"{step.phase} takes {_ms(step.seconds)}, most of it {CAUSES[cause]} ({parts[cause] / step.seconds:.0%}): "
         f"at this machine's roofs weights would take {_ms(weights_s)}, cache {_ms(kv_s)}, multiplications "
         f"{_ms(compute_s)}"
     )
     if calls_s is not None:
-        sentence += f"; calls of empty layers take {_ms(calls_s)} here"
+        sentence += f"; beyond that, calls of layers take {_ms(calls_s)} and kernels {_ms(rest_s - calls_s)}"
     best = actions[0]
     return Verdict(
         phase=step.phase,
@@ -142,11 +143,11 @@ def _parts(work: Work, dtype: str, roofs: Roofs) -> tuple[float, float, float]:
     return work.weight_bytes / bandwidth, work.kv_bytes / bandwidth, work.flops / matrix_rate(roofs, dtype)
 
 
-def _actions(step: Step, roofs: Roofs, rest_s: float) -> Iterator[Action]:
+def _actions(step: Step, roofs: Roofs, rest_s: float, calls_s: float | None) -> Iterator[Action]:
     """What could make the step shorter, with the step that each would leave."""
     found = [
         action
-        for text, work, dtype, rest in _changes(step, roofs, rest_s)
+        for text, work, dtype, rest in _changes(step, roofs, rest_s, calls_s)
         if (action := _action(step, roofs, text, work, dtype, rest)).gain >= WORTH
     ]
     yield from found
@@ -168,21 +169,25 @@ def _action(step: Step, roofs: Roofs, text: str, work: Work, dtype: str, rest_s:
     return Action(text, seconds, step.seconds / seconds)
 
 
-def _changes(step: Step, roofs: Roofs, rest_s: float) -> Iterator[tuple[str, Work, str, float]]:
+def _changes(
+    step: Step, roofs: Roofs, rest_s: float, calls_s: float | None
+) -> Iterator[tuple[str, Work, str, float]]:
     """Each action: its words, and the work, dtype and rest that it would leave."""
-    work, eager = step.work, step.runtime == PLAIN
+    work = step.work
+    packed = replace(work, weight_bytes=min(work.weight_bytes, work.stored_bytes))
     if work.stored_bytes < 0.9 * work.weight_bytes:
-        text = (
-            f"run these files where the weights stay packed (llama.cpp, OpenVINO, ONNX Runtime): "
-            f"{_mb(work.stored_bytes)} are stored, {_mb(work.weight_bytes)} are read"
-        )
-        yield text, replace(work, weight_bytes=work.stored_bytes), step.dtype, rest_s
+        reads = f"{_mb(work.stored_bytes)} are stored, {_mb(work.weight_bytes)} are read"
+        yield f"keep the weights packed in memory, as these files do: {reads}", packed, step.dtype, rest_s
     else:
         for above, bits, name in NEXT_BITS:
             if work.weights and 8 * work.weight_bytes / work.weights > above:
-                where = " in a runtime that reads them packed" if eager else ""
-                text = f"keep the weights in {name} bits{where}"
-                yield text, replace(work, weight_bytes=work.weights * bits / 8), step.dtype, rest_s
+                fewer = replace(work, weight_bytes=work.weights * bits / 8)
+                yield (
+                    f"keep the weights in {name} bits, in a runtime that reads them so",
+                    fewer,
+                    step.dtype,
+                    rest_s,
+                )
                 break
     small = NUMBER_BYTES["int8"]
     if work.kv_numbers and work.kv_bytes / work.kv_numbers > 1.2 * small:
@@ -195,11 +200,15 @@ def _changes(step: Step, roofs: Roofs, rest_s: float) -> Iterator[tuple[str, Wor
     faster = max(("float32", "bfloat16", "int8"), key=roofs.flops_per_s)
     if roofs.flops_per_s(faster) > matrix_rate(roofs, step.dtype):
         yield f"multiply in {faster}, which this machine does faster", work, faster, rest_s
-    if eager:
-        text = "run it as one graph (torch.compile, OpenVINO, ONNX Runtime, llama.cpp), without Python between layers"
-    else:
+    if calls_s is None:
         text = "look for kernels that come nearer to the roofs: other thread counts, another runtime"
-    yield text, work, step.dtype, 0.0
+        yield text, work, step.dtype, 0.0
+        return
+    if calls_s > 0:
+        text = "run it as one graph (torch.compile, CUDA graphs), without Python between layers"
+        yield text, work, step.dtype, rest_s - calls_s
+    text = "run it in a runtime with kernels of its own (llama.cpp, OpenVINO, ONNX Runtime)"
+    yield text, packed, step.dtype, 0.0
 
 
 def _ms(seconds: float) -> str:
