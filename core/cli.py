@@ -17,7 +17,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from core import commands, learning_commands, predict_commands, profile_commands, where_commands
+from core import (
+    commands,
+    devices_commands,
+    learning_commands,
+    predict_commands,
+    profile_commands,
+    where_commands,
+)
 from core.errors import Cancelled, SlimscopeError, refused_by_system
 from core.output import human, plain
 from core.profile.protocol import EFFORTS
@@ -105,6 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     profile_commands.add_to(add)
     where_commands.add_to(add)
     predict_commands.add_to(add)
+    devices_commands.add_to(add)
     _add_keeping(add)
     return top
 

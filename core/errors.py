@@ -14,6 +14,7 @@
     ├── CannotExport                a model that a format cannot hold, or whose export would not be that model
     ├── MissingLibrary              a method's library is not installed: the command that adds it
     ├── CannotMeasure               a measurement that would be meaningless: says why
+    ├── CannotConnect               a device that does not answer, or is not the one it was
     ├── CatalogError                catalog unreachable, newer than this code, or corrupt
     ├── WorkerDied                  a child process died: exit code, last log lines
     │   └── OutOfMemory             killed for memory, or an allocator said so
@@ -93,6 +94,10 @@ class MissingLibrary(SlimscopeError):
 
 class CannotMeasure(SlimscopeError):
     """A measurement whose number would mean nothing; says why."""
+
+
+class CannotConnect(SlimscopeError):
+    """A device cannot be reached, or is not the one whose key was pinned; says what to do."""
 
 
 class CatalogError(SlimscopeError):

@@ -33,10 +33,14 @@ def record(
     job_id: str | None = None,
     layer_stats: pd.DataFrame | None = None,
     also: Mapping[str, Any] | None = None,
+    taken_on: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Write one finished run: its measurements, the environment behind them, its frames, and ``also`` as conditions."""
+    """Write one finished run: its measurements, the environment behind them, its frames, and ``also`` as conditions.
+
+    ``taken_on`` is the environment of another machine, where it was not this one.
+    """
     source = result.provenance
-    facts = environment(source.device or "cpu")
+    facts = dict(taken_on) if taken_on is not None else environment(source.device or "cpu")
     conditions = {
         "method": source.method,
         "settings": dict(source.settings),
