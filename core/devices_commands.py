@@ -90,6 +90,7 @@ def devices_command(args: argparse.Namespace) -> Any:
 def _measured(args: argparse.Namespace, device: Any) -> Any:
     from core.catalog.store import Catalog
     from core.devices import remote
+    from core.devices.job import engine_named
     from core.loop import register
 
     if args.model is None:
@@ -101,9 +102,7 @@ def _measured(args: argparse.Namespace, device: Any) -> Any:
         return remote.profile_on_device(
             catalog, variant.id, device, engine=args.engine, settings=settings, progress=progress
         )
-    engine = args.engine or "onnxruntime"
-    if engine not in ("llama_bench", "onnxruntime", "torch"):
-        raise BadInput(f"no engine {engine!r}; there are llama_bench, onnxruntime, torch")
+    engine = engine_named(args.engine or "onnxruntime")
     target = Path(args.output or f"slimscope-{variant.id[:12]}-{engine}.pyz")
     remote.script_for(catalog, variant.id, device, engine, target, settings, progress=progress)
     return {"file": str(target), "bytes": target.stat().st_size, "run_there": f"python3 {target.name}"}

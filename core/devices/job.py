@@ -65,6 +65,14 @@ class DeviceSettings(ProfileSettings):
         return replace(usual, effort=effort, name="device-agent", version=1)
 
 
+def engine_named(name: str) -> Engine:
+    """The engine of that name; raises ``BadInput``."""
+    for known in USUAL:
+        if known == name:
+            return known
+    raise BadInput(f"no engine {name!r}; there are {', '.join(USUAL)}")
+
+
 @dataclass(frozen=True)
 class Job:
     """What a device is asked to do, and the files it needs for it."""

@@ -16,14 +16,20 @@ from tests.devices.loopback import SSHD, Loopback, adb_shim, loopback
 from tests.tiny import tiny_folder
 
 
+@pytest.fixture(scope="session")
+def built_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where engines' files are kept, so that the tiny model is converted once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def bin_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def bin_(tmp_path: Path, built_files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in front of PATH; the catalog and all of ours are in the test's own places."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("SLIMSCOPE_HOME", str(tmp_path / "ours"))
-    monkeypatch.setenv("SLIMSCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SLIMSCOPE_CACHE", str(built_files))
     monkeypatch.delenv("SLIMSCOPE_CATALOG", raising=False)
     return folder
 

@@ -9,10 +9,7 @@ from __future__ import annotations
 import ctypes
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import (
-    Any,
-    Callable,  # noqa: UP035 - a subscript that runs is newer than Python 3.8
-)
+from typing import Any, Callable  # noqa: UP035 - one that can be subscripted in Python 3.8
 
 from . import look
 

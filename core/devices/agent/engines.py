@@ -6,7 +6,8 @@ import os
 import random
 from typing import Any
 
-PAST, PRESENT = "past", "present"
+PAST, PRESENT = "input.past_key_values", "output.past_key_values"
+"""Names in the graphs that the host writes (``core.profile.runtimes._onnx_decoder``)."""
 
 
 def tokens(vocab_size: int, batch: int, length: int, seed: int) -> list[list[int]]:
@@ -44,7 +45,7 @@ class OnnxRuntime:
         outputs = [value.name for value in self._session.get_outputs()]
         self._taken = set(shapes)
         self._output = next(name for name in outputs if name in ("logits", "last_hidden_state"))
-        self._past = [name for name in shapes if name.startswith(PAST) and name != "past_length"]
+        self._past = [name for name in shapes if name.startswith(PAST)]
         self._present = [name.replace(PAST, PRESENT, 1) for name in self._past]
         self._shapes = [(shapes[name][1], shapes[name][3]) for name in self._past]
         self._binding = self._session.io_binding() if "past_length" in self._taken else None
@@ -117,8 +118,9 @@ class Torch:
         import torch
         import transformers
 
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        logging: Any = transformers.utils.logging
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         torch.set_num_threads(spec["threads"])
         self._torch, self._transformers, self._spec, self._folder = torch, transformers, spec, folder
 

@@ -8,10 +8,7 @@ import os
 import resource
 import subprocess
 import time
-from typing import (
-    Any,
-    Callable,  # noqa: UP035 - a subscript that runs is newer than Python 3.8
-)
+from typing import Any, Callable  # noqa: UP035 - one that can be subscripted in Python 3.8
 
 from . import engines, look
 
