@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from core import (
     commands,
     devices_commands,
+    import_commands,
     learning_commands,
     predict_commands,
     profile_commands,
@@ -112,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     profile_commands.add_to(add)
     where_commands.add_to(add)
     predict_commands.add_to(add)
+    import_commands.add_to(add)
     devices_commands.add_to(add)
     _add_keeping(add)
     return top

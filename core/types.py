@@ -23,7 +23,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "stored"]
 SourceKind = Literal["demo", "variant", "gguf", "folder", "hub"]
 Better = Literal["lower", "higher", "neither"]
 JobState = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled", "lost"]
-RunKind = Literal["compress", "proof", "evaluate", "profile", "probe", "train", "export", "race"]
+RunKind = Literal["compress", "proof", "evaluate", "profile", "probe", "train", "export", "race", "import"]
 RunStatus = Literal["valid", "flagged"]
 Family = Literal["decoder", "encoder", "vision", "classifier"]
 """What a model answers with: the next token; vectors or masked tokens; classes of pictures; classes of texts."""

@@ -1,0 +1,1 @@
+"""Readers of other programs' reports, one file per format; ``core.importing`` enters what they found."""
