@@ -24,6 +24,7 @@ PAGES = (
     ("compress", "Compress", "compress", "Make a smaller variant and prove that it reloads"),
     ("distil", "Distil", "school", "Train a smaller student from a teacher, beside its honest baselines"),
     ("tradeoffs", "Trade-offs", "scatter_plot", "Size, quality and speed of every variant"),
+    ("profile", "Profile", "speed", "How fast each variant is in each runtime, at what loss, and why"),
     ("jobs", "Jobs", "manufacturing", "The queue: progress, logs, cancel and retry"),
 )
 """File name (and address), title, icon and help of every page; the first is the start page."""

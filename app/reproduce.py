@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from core.profile.runtimes._base import PLAIN
 from core.recipe import Recipe
-from core.registry import Method, Settings
-from core.types import Prompt
+from core.registry import Method, Settings, get
+from core.types import Prompt, Run
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -107,3 +108,21 @@ def changed(settings: Settings) -> dict[str, Any]:
     return {
         name: value for name, value in values.items() if value != type(settings).model_fields[name].default
     }
+
+
+def profile_command(source: str, run: Run | None) -> str:
+    """The ``slimscope profile`` line that measures the run's cell again; the defaults without a run."""
+    asked = {} if run is None else dict(run.conditions["settings"])
+    method = get("profile", PLAIN if run is None else str(run.conditions["method"]))
+    parts = ["slimscope", "profile", source, "--runtime", method.id]
+    for name, value in asked.items():
+        if name in method.settings.model_fields and method.settings.model_fields[name].default != value:
+            parts += ["--tier", str(value)] if name == "tier" else ["--set", f"{name}={value}"]
+    return shlex.join([*parts, "--json"])
+
+
+def profile_script(source: str, run: Run | None) -> str:
+    """Timing decode steps with transformers alone: the yardstick, without our protocol."""
+    seen = {} if run is None else run.conditions
+    constants = {"MODEL": source, "PROMPT": seen.get("prompt_tokens", 256), "THREADS": seen.get("threads", 0)}
+    return with_constants((SCRIPTS / "profile.py").read_text(encoding="utf-8"), constants)

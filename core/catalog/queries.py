@@ -14,7 +14,7 @@ from core.catalog.records import run_record
 from core.catalog.store import Catalog
 from core.catalog.tables import FrameRow, Headline, MeasurementRow, RecipeRow, RunRow, VariantRow
 from core.errors import BadInput
-from core.types import Run, Variant
+from core.types import Run, RunKind, Variant
 
 MEASURES = (
     "kl",
@@ -205,6 +205,31 @@ def run_of(catalog: Catalog, run_id: str) -> Run:
             raise BadInput(f"no run is called {run_id!r} in this catalog")
         measured = select(MeasurementRow).where(MeasurementRow.run_id == run_id).order_by(MeasurementRow.id)
         return run_record(row, session.scalars(measured))
+
+
+def runs_of_base(
+    catalog: Catalog, base_id: str, kinds: Sequence[RunKind], *, limit: int = 2_000
+) -> dict[str, list[Run]]:
+    """Variant → the newest runs of these kinds of a base's visible variants with their measurements, newest first."""
+    query = (
+        select(RunRow)
+        .join(VariantRow, VariantRow.id == RunRow.variant_id)
+        .where(RunRow.kind.in_(kinds), VariantRow.base_id == base_id, VariantRow.hidden.is_(False))
+        .order_by(RunRow.ended_at.desc(), RunRow.id)
+        .limit(limit)
+    )
+    with catalog.read() as session:
+        rows = session.scalars(query).all()
+        measured: dict[str, list[MeasurementRow]] = {row.id: [] for row in rows}
+        ids = list(measured)
+        for start in range(0, len(ids), 500):  # SQLite takes some thousand values in one statement
+            of_these = MeasurementRow.run_id.in_(ids[start : start + 500])
+            for one in session.scalars(select(MeasurementRow).where(of_these).order_by(MeasurementRow.id)):
+                measured[one.run_id].append(one)
+        found: dict[str, list[Run]] = {}
+        for row in rows:
+            found.setdefault(row.variant_id, []).append(run_record(row, measured[row.id]))
+        return found
 
 
 def exports(catalog: Catalog, variant_id: str) -> list[Run]:
