@@ -6,6 +6,7 @@ every position, as in any serving loop; for more, a step makes a new cache of th
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +23,11 @@ from core.profile.runtimes._base import Clock, Prepared, ProfileSettings, WallCl
 from core.profile.runtimes._onnx_decoder import PAST, PRESENT, decoder_graph, with_room
 from core.profile.runtimes._onnx_file import QUANTIZED, Activations, bytes_of, described, set_activations
 from core.profile.runtimes._onnx_own_grid import on_own_grid
+from core.profile.runtimes._own_exports import ONNX_FILE, onnx_settings, whole_onnx, written_onnx
 from core.profile.runtimes._own_grid import own_grids
 from core.profile.session import profile_artifact
+from core.profile.where.onnx_notes import calls_of
+from core.profile.where.spans import Span
 from core.registry import method
 from core.types import ModelRef, Progress, Result, part_of
 
@@ -73,17 +77,13 @@ def run(folder: Path, progress: Progress, settings: OnnxRuntimeSettings) -> Resu
 
 def build(folder: Path, target: Path, progress: Progress, settings: OnnxRuntimeSettings) -> Mapping[str, Any]:
     """Write ``target/model.onnx``; raises ``CannotMeasure`` or ``CannotExport`` where the model cannot be one."""
-    from core.export.onnx import FILE, OnnxSettings
-    from core.export.onnx import run as export
     from core.models.open import open_model
 
     without_telemetry()
     loaded = open_model(
         ModelRef(str(folder.resolve()), dtype="float32"), progress=part_of(progress, 0.0, 0.1)
     )
-    asked = OnnxSettings.model_validate(
-        {"weights": EXPORTED[settings.weights], "block_size": settings.block_size}
-    )
+    asked = onnx_settings(EXPORTED[settings.weights], settings.block_size)
     facts: dict[str, Any] = {
         "family": loaded.family,
         "vocab_size": getattr(loaded.model.config.get_text_config(), "vocab_size", None),
@@ -93,10 +93,10 @@ def build(folder: Path, target: Path, progress: Progress, settings: OnnxRuntimeS
     if loaded.family == "decoder":
         facts |= _decoder(loaded, target, part_of(progress, 0.1, 1.0), settings, asked)
     else:
-        export(loaded, target, part_of(progress, 0.1, 1.0), asked)
+        whole_onnx(loaded, target, part_of(progress, 0.1, 1.0), asked)
     if settings.weights in ("int8", "int4"):
-        set_activations(target / FILE, settings.activations)
-    facts |= described(target / FILE)
+        set_activations(target / ONNX_FILE, settings.activations)
+    facts |= described(target / ONNX_FILE)
     if settings.weights != "stored" and not any(name in facts["operators"] for name in QUANTIZED):
         raise CannotMeasure(
             f"ONNX Runtime found no product of {loaded.anatomy.architecture} to store as {settings.weights}; "
@@ -122,6 +122,7 @@ class OnnxRuntime:
         self._binding: Any = None  # where the cache has room to grow
         self._cache: list[Any] = []
         self._position = 0
+        self.profiling = False  # set by who looks where the time goes, before ``load``
 
     def prepare(self, folder: Path) -> Prepared:
         """Import the library; torch is not needed."""
@@ -142,6 +143,9 @@ class OnnxRuntime:
         options = self._library.SessionOptions()
         options.intra_op_num_threads = self._settings.n_threads
         options.log_severity_level = 3
+        options.enable_profiling = self.profiling
+        if self.profiling:
+            options.profile_file_prefix = str(Path(tempfile.mkdtemp()) / "calls")
         self._session = self._library.InferenceSession(
             str(self._files / "model.onnx"), options, providers=["CPUExecutionProvider"]
         )
@@ -181,6 +185,14 @@ class OnnxRuntime:
         """The last call's answers."""
         answer = self._answer[:, -1] if self._made["family"] == "decoder" else self._answer
         return np.array(answer, dtype=np.float32)
+
+    def operators(self) -> list[list[Span]]:
+        """The library's own notes of every call so far, one list per call; asked once."""
+        file = Path(self._session.end_profiling())
+        try:
+            return calls_of(file)
+        finally:
+            shutil.rmtree(file.parent)
 
     def close(self) -> None:
         """Drop session and cache."""
@@ -255,7 +267,6 @@ def _decoder(
 ) -> dict[str, Any]:
     """Trace, fuse and store a decoder."""
     from core.export._onnx_graph import fold_transposes, int8_tables
-    from core.export.onnx import write_graph
 
     progress(0.0, 1.0, "tracing the model with its cache")
     graph = decoder_graph(loaded, sequences=settings.batch)
@@ -269,7 +280,7 @@ def _decoder(
         fold_transposes(graph)
         int8_tables(graph)
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=target) as scratch:
-        write_graph(graph, Path(scratch), target, asked)
+        written_onnx(graph, Path(scratch), target, asked)
     return facts
 
 

@@ -22,6 +22,7 @@ from core.profile.measured import Facts
 from core.profile.runtimes._base import Clock, Prepared, ProfileSettings, WallClock
 from core.profile.runtimes._onnx_file import ACCURACY, Activations, bytes_of, described
 from core.profile.runtimes._onnx_own_grid import on_own_grid
+from core.profile.runtimes._own_exports import dense_copy
 from core.profile.runtimes._own_grid import own_grids
 from core.profile.session import profile_artifact
 from core.registry import method
@@ -92,8 +93,6 @@ def build(folder: Path, target: Path, progress: Progress, settings: OrtGenaiSett
 
     Raises ``CannotMeasure`` where the builder does not know the architecture or refuses the model.
     """
-    from core.export.safetensors import SafetensorsSettings
-    from core.export.safetensors import run as export
     from core.models.open import open_model
 
     without_telemetry()
@@ -112,7 +111,7 @@ def build(folder: Path, target: Path, progress: Progress, settings: OrtGenaiSett
     with tempfile.TemporaryDirectory(prefix=".dense-", dir=target) as scratch:
         dense, cache = Path(scratch) / "model", Path(scratch) / "cache"
         dense.mkdir()
-        export(loaded, dense, part_of(progress, 0.1, 0.4), SafetensorsSettings(weights="float32"))
+        dense_copy(loaded, dense, part_of(progress, 0.1, 0.4))
         progress(0.4, 1.0, "writing the graph")
         try:
             _by_builder(dense, target, cache, settings)

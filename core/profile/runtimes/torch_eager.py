@@ -208,11 +208,6 @@ class TorchEager:
         array: np.ndarray = found.float().cpu().numpy()
         return array
 
-    @property
-    def model(self) -> Any:
-        """The loaded torch model, for who looks where its time goes."""
-        return self._model
-
     def close(self) -> None:
         """Drop model and cache, restore the float32 path."""
         self._model = self._cache = self._token = self._answer = None
