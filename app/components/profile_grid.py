@@ -122,7 +122,7 @@ def _workload(ticked: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], dict[s
             bind="query-params",
             help="How long each phase is measured: rapid half a minute, quick 1 to 2 minutes, full minutes",
         )
-    others: dict[str, tuple[str, ...]] = {"tier": (tier or "quick",)}
+    others: dict[str, tuple[str, ...]] = {"tier": (tier,)}
     forms = list(dict.fromkeys(form for id_ in ticked for form in measurements.forms_of(id_)))
     if len(forms) > 1:
         picked = st.pills(

@@ -68,7 +68,7 @@ def _choose(rows: pd.DataFrame, titles: Mapping[str, str], runs: Mapping[str, Ru
 
 def _picked(side: str, ids: Sequence[str], default: str) -> str:
     asked = st.query_params.get(side)
-    return asked if asked in ids else default
+    return asked if asked is not None and asked in ids else default
 
 
 def _box(side: str, ids: list[str], titles: Mapping[str, str], chosen: str) -> str:

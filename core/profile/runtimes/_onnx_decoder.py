@@ -8,6 +8,7 @@ step joins the old cache and the new tokens into a new one.
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,8 @@ def decoder_graph(loaded: LoadedModel, *, sequences: int) -> Any:
     cache = small_cache(loaded, "ONNX Runtime", sequences=sequences)
     for fusions in ("cpu", None):  # a fusion may trip over an architecture that is traced well without
         try:
-            graph = traced(
-                loaded, lambda model, _given, _config, how=fusions: _export(model, cache, how), "ONNX"
-            )  # type: ignore[misc]
+            export = partial(_export_with, cache=cache, fusions=fusions)
+            graph = traced(loaded, export, "ONNX")
         except CannotExport as error:
             refused = error
             continue
@@ -46,7 +46,9 @@ def decoder_graph(loaded: LoadedModel, *, sequences: int) -> Any:
     ) from refused
 
 
-def _export(model: Any, cache: Any, fusions: str | None) -> Any:
+def _export_with(
+    model: Any, _given: dict[str, Any], _config: dict[str, Any], *, cache: Any, fusions: str | None
+) -> Any:
     exporters: Any = importlib.import_module("transformers.exporters")
     rows, _, length, _ = cache.layers[0].keys.shape
     free = torch.export.Dim.AUTO

@@ -56,7 +56,7 @@ def _parts(weight_RC: np.ndarray, grids: Mapping[str, OwnGrid]) -> list[OwnGrid]
 
 
 def _columns(grid: OwnGrid) -> int:
-    return grid.codes_RGK.shape[1] * grid.codes_RGK.shape[2]
+    return int(grid.codes_RGK.shape[1] * grid.codes_RGK.shape[2])
 
 
 def _block(parts: Sequence[OwnGrid]) -> int:
@@ -113,7 +113,8 @@ def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
         return codes
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    packed: np.ndarray = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return packed
 
 
 def constant(model: Any, name: str, array: np.ndarray) -> Any:

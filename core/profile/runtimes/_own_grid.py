@@ -33,7 +33,7 @@ class OwnGrid:
 
 def key_of(array: np.ndarray) -> str:
     """What a dense weight is known by."""
-    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+    return hashlib.sha256(memoryview(np.ascontiguousarray(array)).cast("B")).hexdigest()
 
 
 def own_grids(loaded: LoadedModel) -> dict[str, OwnGrid]:
@@ -55,7 +55,8 @@ def dense(grid: OwnGrid) -> np.ndarray:
     codes = grid.codes_RGK.astype(np.float32)
     if grid.zero_RG is not None:
         codes -= grid.zero_RG[..., None].astype(np.float32)
-    return (codes * grid.scale_RG[..., None]).reshape(codes.shape[0], -1)
+    weight_RC: np.ndarray = (codes * grid.scale_RG[..., None]).reshape(codes.shape[0], -1)
+    return weight_RC
 
 
 def _grid(packed: PackedTensor, weight_RC: np.ndarray) -> OwnGrid:
