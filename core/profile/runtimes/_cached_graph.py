@@ -82,7 +82,7 @@ def _step_class() -> Any:
             cache = transformers.DynamicCache()
             for keys, values in past:
                 # Begun with what is there: an empty start would be one more tensor to join, of another rank.
-                layer = transformers.cache_utils.DynamicLayer()
+                layer = transformers.cache_utils.DynamicLayer()  # type: ignore[no-untyped-call]
                 layer.lazy_initialization(keys, values)
                 layer.keys, layer.values = keys, values
                 cache.layers.append(layer)

@@ -33,7 +33,7 @@ class OwnGrid:
 
 def key_of(array: np.ndarray) -> str:
     """What a dense weight is known by."""
-    return hashlib.sha256(memoryview(np.ascontiguousarray(array)).cast("B")).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 def own_grids(loaded: LoadedModel) -> dict[str, OwnGrid]:
