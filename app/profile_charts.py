@@ -16,8 +16,10 @@ Shape = Literal["strip", "ecdf"]
 PICK = "picked"
 """Name of the click selection of the distributions; it sends back ``run``."""
 NEUTRAL = "#8A93A6"
-ROW = 30
+ROW = 36
 """Pixels of one cell."""
+LEGEND_ROW = 21
+"""Pixels of a line of the legend, which Streamlit takes from the chart's height."""
 LABEL = 360
 """Pixels of a cell's name at most."""
 
@@ -58,7 +60,7 @@ def distributions(
     y = alt.Y("label:N", title=None, sort=order, axis=alt.Axis(ticks=False, domain=False, labelLimit=LABEL))
     ticks = (
         alt.Chart(named)
-        .mark_tick(thickness=1.1, size=15)
+        .mark_tick(thickness=1.1, size=14, yOffset=-5)
         .encode(
             x=x,
             y=y,
@@ -80,12 +82,12 @@ def distributions(
     low.shorthand = "time_low:Q"
     whiskers = (
         alt.Chart(medians.dropna(subset=["time_low", "time_high"]))
-        .mark_rule(strokeWidth=3, color=NEUTRAL)
+        .mark_rule(strokeWidth=2.4, color=NEUTRAL, yOffset=9)
         .encode(x=low, x2="time_high:Q", y=y)
     )
     points = (
         alt.Chart(medians)
-        .mark_point(filled=True, size=95, opacity=1, strokeWidth=1.6, shape="diamond")
+        .mark_point(filled=True, size=80, opacity=1, strokeWidth=1.6, shape="diamond", yOffset=9)
         .encode(
             x=middle,
             y=y,
@@ -147,7 +149,7 @@ def _ecdf(samples: pd.DataFrame, medians: pd.DataFrame, x: Any, domain: list[str
         .encode(x=middle, y="half:Q", color=color, tooltip=_median_tooltip())
         .add_params(alt.selection_point(name=PICK, fields=["run"], on="click", toggle=False))
     )
-    return alt.layer(lines, points).properties(height=320, padding=PADDING)
+    return alt.layer(lines, points).properties(height=340 + LEGEND_ROW * len(medians), padding=PADDING)
 
 
 def in_order(samples: pd.DataFrame) -> Any:

@@ -3,7 +3,8 @@
 Plain functions, records and frames in, frames out; nothing here draws or reads the catalog. ``rows_of`` gives one row per
 profile run that measured a phase:
 
-- run, variant, name, runtime, settings (what is not default, in words), label (all three), is_base
+- run, variant, name, runtime, workload (prompt, new tokens, batch, depth; speeds of two are not comparable), settings (what
+  else is not default, in words), label (name, runtime and settings), is_base
 - time_ms with low and high (of one step, median), rate with low and high, rate_unit, n
 - parity_kl (to the same artifact in float32), parity_low, parity_high; loss (to the base) with low and high; NaN where unknown
 - memory_bytes, energy_j (per token), energy (``measured``, ``modelled`` or ``unavailable``)
@@ -42,10 +43,12 @@ RATES: dict[Phase, tuple[str, ...]] = {
 }
 EFFORT = ("tier", "seed", "parity", "when_busy")
 """Settings that change how a phase is measured, never what."""
+WORKLOAD = {"prompt_tokens": "prompt", "new_tokens": "new tokens", "batch": "batch", "depth": "depth"}
+"""Settings that change what is measured, with their words."""
 TOLERANCE = 0.01
 """Nats per token: what int8 loses, and what nobody notices."""
 COLUMNS = (
-    *("run", "variant", "name", "runtime", "settings", "label", "is_base"),
+    *("run", "variant", "name", "runtime", "workload", "settings", "label", "is_base"),
     *("time_ms", "time_low", "time_high", "rate", "rate_low", "rate_high", "rate_unit", "n"),
     *("parity_kl", "parity_low", "parity_high", "loss", "loss_low", "loss_high"),
     *("memory_bytes", "energy_j", "energy", "status", "flags", "ended_at", "newest"),
@@ -91,6 +94,7 @@ def _row(variant: Variant, run: Run, phase: Phase) -> dict[str, Any] | None:
         "variant": variant.id,
         "name": variant.name,
         "runtime": runtime,
+        "workload": workload_of(run),
         "settings": settings,
         "label": " · ".join(part for part in (variant.name, runtime_title(runtime), settings) if part),
         "is_base": base,
@@ -147,13 +151,25 @@ def _asked(run: Run) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in EFFORT}
 
 
+def workload_of(run: Run) -> str:
+    """What the run's steps had to do, as ``prompt 256, new tokens 32, batch 1``."""
+    asked = run.conditions.get("settings", {})
+    return ", ".join(f"{words} {asked[name]}" for name, words in WORKLOAD.items() if asked.get(name))
+
+
+def workloads(rows: pd.DataFrame) -> list[str]:
+    """The workloads that were measured, the one with the most cells first."""
+    return list(rows["workload"].value_counts().index)
+
+
 def told_settings(run: Run) -> str:
-    """The settings that are not the runtime's defaults, as ``weights=int8 threads=1``."""
+    """The settings beside the workload that are not the runtime's defaults, as ``weights=int8 threads=1``."""
     try:
         default = get("profile", str(run.conditions.get("method"))).parse({}).model_dump(mode="json")
     except BadInput:
         default = {}
-    return " ".join(f"{name}={value}" for name, value in _asked(run).items() if default.get(name) != value)
+    own = {name: value for name, value in _asked(run).items() if name not in WORKLOAD}
+    return " ".join(f"{name}={value}" for name, value in own.items() if default.get(name) != value)
 
 
 # --- the answer -----------------------------------------------------------------------------------------
@@ -175,8 +191,8 @@ class Headline:
 def headlines(rows: pd.DataFrame, tolerance: float) -> list[Headline]:
     """Fastest within the tolerance, fastest at any loss, least memory within it, and plain torch as the yardstick."""
     now = rows[rows["newest"]]
-    plain = now[now["is_base"] & (now["runtime"] == PLAIN) & (now["settings"] == "")]
-    yardstick = plain.iloc[0] if len(plain) else None
+    plain = now[now["is_base"] & (now["runtime"] == PLAIN)]
+    yardstick = _first(plain.loc[plain["settings"].str.len().sort_values(kind="stable").index])
     kept = now[now["loss"] <= tolerance]
     words = f"KL ≤ {tolerance:g}"
     lightest = kept.dropna(subset=["memory_bytes"]).sort_values("memory_bytes")

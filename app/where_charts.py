@@ -29,7 +29,12 @@ def component_bars(parts: pd.DataFrame) -> Any:
         alt.Chart(parts)
         .mark_bar(cornerRadiusEnd=2)
         .encode(
-            y=alt.Y("component:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False)),
+            y=alt.Y(
+                "component:N",
+                sort=order,
+                title=None,
+                axis=alt.Axis(ticks=False, domain=False, labelOverlap=False),
+            ),
             yOffset=alt.YOffset("model:N", sort=None) if several else alt.Undefined,
             x=alt.X("self_ms:Q", title="ms of a step", axis=alt.Axis(tickCount=6)),
             color=color,
@@ -40,7 +45,7 @@ def component_bars(parts: pd.DataFrame) -> Any:
                 alt.Tooltip("share:Q", title="Of the step", format=".1%"),
             ],
         )
-        .properties(height=max(90, (34 if several else 24) * len(order)), padding=PADDING)
+        .properties(height=70 + (36 if several else 24) * len(order), padding=PADDING)
     )
 
 
@@ -60,7 +65,7 @@ def flame(spans: pd.DataFrame) -> Any:
                 alt.Tooltip("ms:Q", title="ms, with a profiler looking on", format=".4~g"),
             ],
         )
-        .properties(height=max(80, 22 * int(spans["depth"].nunique())), padding=PADDING)
+        .properties(height=110 + 20 * int(spans["depth"].nunique()), padding=PADDING)
     )
 
 
@@ -68,22 +73,29 @@ def flame(spans: pd.DataFrame) -> Any:
 
 
 def roofline(points: pd.DataFrame, lines: pd.DataFrame, *, domain: list[str], picked: str | None) -> Any:
-    """Every measured phase under the roofs: ``points`` of ``core.profile.roofline``, ``lines`` with a column ``dtype``."""
+    """Every measured phase under the roofs: ``points`` of ``core.profile.roofline``, ``lines`` of ``roofs_for``."""
     x = alt.X(
         "intensity:Q",
         title="FLOP per byte that must be read, log",
+        axis=alt.Axis(grid=False, format="~g", labelOverlap="parity"),
         scale=alt.Scale(type="log", nice=False, padding=10),
     )
     y = alt.Y(
         "gflops:Q",
         title="GFLOP/s, log",
         scale=alt.Scale(type="log", nice=False, padding=10),
-        axis=alt.Axis(format="~g"),
+        axis=alt.Axis(grid=False, format="~g", labelOverlap="parity"),
     )
     roof = (
         alt.Chart(lines)
         .mark_line(color=NEUTRAL, strokeWidth=1.8)
-        .encode(x=x, y=y, strokeDash=alt.StrokeDash("dtype:N", legend=alt.Legend(orient="top", title="Roof")))
+        .encode(
+            x=x,
+            y=y,
+            strokeDash=alt.StrokeDash(
+                "roof:N", legend=alt.Legend(orient="top", title=None, columns=1, labelLimit=420)
+            ),
+        )
     )
     marks = (
         alt.Chart(points)
@@ -94,7 +106,15 @@ def roofline(points: pd.DataFrame, lines: pd.DataFrame, *, domain: list[str], pi
             color=alt.when(f"datum.key === '{picked or ''}'")
             .then(alt.value(SELECTED))
             .otherwise(alt.Color("name:N", scale=alt.Scale(domain=domain), legend=None)),
-            shape=alt.Shape("phase:N", legend=alt.Legend(orient="top", title=None, symbolFillColor=NEUTRAL)),
+            stroke=alt.when(f"datum.key === '{picked or ''}'")
+            .then(alt.value(SELECTED))
+            .otherwise(alt.Stroke("name:N", scale=alt.Scale(domain=domain), legend=None)),
+            shape=alt.Shape(
+                "phase:N",
+                legend=alt.Legend(
+                    orient="top", title=None, symbolFillColor=NEUTRAL, symbolStrokeColor=NEUTRAL
+                ),
+            ),
             size=alt.when(f"datum.key === '{picked or ''}'").then(alt.value(170)).otherwise(alt.value(90)),
             fillOpacity=alt.when("datum.flagged").then(alt.value(0)).otherwise(alt.value(1)),
             tooltip=[

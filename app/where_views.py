@@ -16,10 +16,11 @@ from core.predict.model import Shape
 from core.profile.bottleneck import Verdict, verdict
 from core.profile.environment import environment
 from core.profile.machine import Roofs
-from core.profile.roofline import placed, roof_line, steps_of
+from core.profile.roofline import matrix_rate, placed, roof_line, steps_of
 from core.profile.where.look import METHOD
+from core.profile.where.tables import join_modules
 from core.profile.work import Step
-from core.types import Result, Run, Variant
+from core.types import Result, Run, Variant, canonical_json
 
 SPANS = 1_500
 """Spans drawn at most, the longest; the trace has all."""
@@ -80,20 +81,25 @@ def _head(variant: Variant, run: Run, step: Step) -> dict[str, object]:
 def is_here(run: Run, device: str, host: Mapping[str, object]) -> bool:
     """Whether a run was taken on this very machine and device."""
     taken = run.conditions.get("environment", {}).get("host", {})
-    return run.conditions.get("device") == device and dict(taken) == dict(host)
+    return run.conditions.get("device") == device and canonical_json(taken) == canonical_json(host)
 
 
 def roofs_for(points: pd.DataFrame, roofs: Roofs) -> pd.DataFrame:
-    """The roofs of the dtypes that were measured, as lines that reach a little beyond the points."""
-    dtypes = list(dict.fromkeys(points["dtype"])) or ["float32"]
-    lines = [
-        roof_line(roofs, dtype).assign(dtype=f"{dtype}, read {roofs.read_bytes_per_s() / 1e9:.3g} GB/s")
-        for dtype in dtypes
-    ]
+    """The roofs of the dtypes that were measured, as lines a little beyond the points: intensity, gflops, roof (in words).
+
+    Dtypes that are held against one rate share a line.
+    """
+    dtypes: dict[float, list[str]] = {}
+    for dtype in dict.fromkeys(points["dtype"]):
+        dtypes.setdefault(matrix_rate(roofs, dtype), []).append(dtype)
     low, high = points["intensity"].min() / 4, points["intensity"].max() * 4
+    lines = []
+    for rate, names in dtypes.items():
+        line = roof_line(roofs, names[0])
+        words = f"{' and '.join(names)}: {rate / 1e9:.3g} GFLOP/s, {roofs.read_bytes_per_s() / 1e9:.3g} GB/s"
+        lines.append(line[line["intensity"].between(low, high)].assign(roof=words))
     whole = pd.concat(lines, ignore_index=True)
-    whole = whole[whole["intensity"].between(low, high)]
-    return whole.assign(gflops=whole["flops_per_s"] / 1e9).drop(columns="bound")
+    return whole.assign(gflops=whole["flops_per_s"] / 1e9)[["intensity", "gflops", "roof"]]
 
 
 def roofline_table(points: pd.DataFrame) -> pd.DataFrame:
@@ -189,7 +195,7 @@ def ranked_modules(look: Result, phase: str) -> pd.DataFrame:
         "total_high_ms",
         "share",
     ]
-    return own[columns].assign(module=own["module"].replace("", "(whole model)"))
+    return own[columns].assign(module=own["module"].replace("", "(whole model)"), layer=_layers(own))
 
 
 def ranked_operators(look: Result, phase: str) -> pd.DataFrame:
@@ -217,3 +223,16 @@ def spans(look: Result, phase: str) -> pd.DataFrame:
             "component": own["module"].map(known).fillna("operator" if not known else "other"),
         }
     ).sort_values(["depth", "start_ms"], ignore_index=True)
+
+
+def _layers(frame: pd.DataFrame) -> pd.Series[str]:
+    """Layers as text, empty where a module belongs to none."""
+    return frame["layer"].astype("Int64").astype("string").fillna("").astype(str)
+
+
+def joined(first: Result, second: Result, phase: str) -> pd.DataFrame:
+    """The second look's modules beside the first's, the largest change first."""
+    both = join_modules(first.frames["modules"], second.frames["modules"])
+    both = both[both["phase"] == phase]
+    kept = both.drop(columns=["phase", "kind_a", "kind_b", "depth"])
+    return kept.assign(module=kept["module"].replace("", "(whole model)"), layer=_layers(kept))

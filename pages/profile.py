@@ -14,6 +14,7 @@ from app.components.roofline_panel import roofline_panel
 from app.components.where_panel import where_panel
 from app.components.work_queue import work_queue
 from app.reproduce import profile_command, profile_script
+from core.types import content_hash
 
 ABOUT = About(
     "Each cell is one variant in one runtime under one workload, measured in a fresh process after its answers were held "
@@ -71,58 +72,48 @@ def choose_base() -> None:
 
 with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
     st.selectbox(
-        "Base",
-        list(names),
-        index=list(names).index(base_id),
-        format_func=lambda id_: names[id_],
-        key="profile_base",
+        "Base", list(names), index=list(names).index(base_id), format_func=lambda id_: names[id_], key="profile_base",
         on_change=choose_base,
-    )
-    phase = st.segmented_control(
+    )  # fmt: skip
+    phase = state.choice(
+        st.segmented_control,
         "Phase",
-        phases,
+        {name: profile_views.TITLES[name] for name in phases},
+        key="phase",
         default=phases[0],
         required=True,
-        key="phase",
-        bind="query-params",
-        format_func=profile_views.TITLES.__getitem__,
     )
+    every = profile_views.rows_of(known, runs, phase)
+    loads = profile_views.workloads(every)
+    if len(loads) > 1:
+        titles = {content_hash(load)[:8]: load for load in loads}
+        load = titles[state.choice(st.selectbox, "Workload", titles, key="load", default=next(iter(titles)))]
+        every = every[every["workload"] == load]
+    rows = every.reset_index(drop=True)
     tolerance = st.number_input(
-        "Loss kept",
-        0.0,
-        None,
-        profile_views.TOLERANCE,
-        format="%g",
-        step=0.01,
-        key="loss",
-        bind="query-params",
-        width=130,
+        "Loss kept", 0.0, None, profile_views.TOLERANCE, format="%g", step=0.01, key="loss", bind="query-params", width=130,
         help="KL to the base, nats per token, that the fastest may have lost",
-    )
-phase = phase if phase in phases else phases[0]
-rows = profile_views.rows_of(known, runs, phase)
+    )  # fmt: skip
 newest = rows[rows["newest"]].reset_index(drop=True)
 with head:
     shown = newest.iloc[0] if len(newest) else None
     chosen = by_id[shown["run"]] if shown is not None else None
-    model = known[0].source if chosen is None else next(v.source for v in known if v.id == chosen.variant_id)
-    heading(
-        "Profile",
-        about=ABOUT,
-        reproduce=Reproduction(profile_script(model, chosen), profile_command(model, chosen)),
-    )
+    source = known[0].source if chosen is None else engine.variant_of(chosen.variant_id).source
+    own = source.startswith("variant:") and chosen is not None
+    folder = str(engine.catalog().variant_folder(chosen.variant_id)) if own else source
+    again = Reproduction(profile_script(folder, chosen), profile_command(source, chosen))
+    heading("Profile", about=ABOUT, reproduce=again)
 
 if len(newest):
     results.headline_cards(rows, tolerance)
     results.headline_sentence(rows, by_id, tolerance)
-part = st.segmented_control(
+part = state.choice(
+    st.segmented_control,
     "Part",
-    list(PARTS),
+    PARTS,
+    key="part",
     default="results" if len(newest) else "measure",
     required=True,
-    key="part",
-    bind="query-params",
-    format_func=PARTS.__getitem__,
     label_visibility="collapsed",
 )
 work_queue(KINDS, {f"variant:{variant.id}" for variant in known} | {known[0].source}, key="profile")

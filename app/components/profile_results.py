@@ -8,7 +8,7 @@ import pandas as pd
 import streamlit as st
 
 from app import format as fmt
-from app import measurements, profile_charts, profile_views, sample_views
+from app import measurements, profile_charts, profile_views, sample_views, state
 from app.components.card_head import card_head
 from app.components.export_menu import export_menu
 from app.profile_views import Phase
@@ -84,16 +84,16 @@ def distributions(rows: pd.DataFrame, phase: Phase, domain: list[str]) -> str | 
     head = st.container(horizontal=True, vertical_alignment="center")
     with head:
         st.header(f"{profile_views.TITLES[phase]}: every sample of a step", anchor=False, width="stretch")
-        shape = st.segmented_control(
-            "Drawn as", ["strip", "ecdf"], default="strip", required=True, key="shape", bind="query-params",
-            label_visibility="collapsed", format_func={"strip": "Strips", "ecdf": "ECDF"}.__getitem__,
+        shape = state.choice(
+            st.segmented_control, "Drawn as", {"strip": "Strips", "ecdf": "ECDF"}, key="shape", default="strip",
+            required=True, label_visibility="collapsed",
         )  # fmt: skip
     samples = {run: found for run in shown["run"] if (found := _samples(run)) is not None}
     strips = sample_views.strips(shown, samples, phase)
     chart = profile_charts.distributions(
         strips,
         sample_views.medians(shown),
-        shape=shape or "strip",
+        shape="ecdf" if shape == "ecdf" else "strip",
         title=f"ms of a {phase} step" if phase != "forward" else "ms of a forward pass",
         picked=picked,
         domain=domain,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 import streamlit as st
 
-from app import engine, measurements, where_charts, where_views
+from app import engine, measurements, state, where_charts, where_views
 from app import format as fmt
 from app.components.card_head import card_head
 from app.components.error_card import error_card
@@ -15,7 +15,6 @@ from app.text import esc
 from core.errors import SlimscopeError
 from core.jobs.where_plan import submit_where
 from core.profile.runtimes._base import PLAIN
-from core.profile.where.tables import join_modules
 from core.profile.where.trace import chrome_trace
 from core.types import Result, Run, Variant
 
@@ -34,9 +33,12 @@ def where_panel(known: Sequence[Variant], runs: Mapping[str, Sequence[Run]]) -> 
             "No look yet. A look runs the model with clocks around its modules, apart from every timing."
         )
         return
-    first = _choose("Look", "look", list(titles), titles)
+    left, right = st.columns(2, gap="small")
+    with left:
+        first = _choose("Look", "look", list(titles), titles)
     others = {NONE: "nothing"} | {id_: title for id_, title in titles.items() if id_ != first}
-    second = _choose("Beside", "beside", list(others), others)
+    with right:
+        second = _choose("Beside", "beside", list(others), others)
     names = {
         run.id: next(v.name for v in known if v.id == run.variant_id)
         for found in runs.values()
@@ -53,11 +55,11 @@ def where_panel(known: Sequence[Variant], runs: Mapping[str, Sequence[Run]]) -> 
     if not phases:
         st.caption("The two looks have no phase in common.")
         return
-    phase = st.segmented_control(
-        "Phase of a look", phases, default=phases[0], required=True, key="look_phase", bind="query-params",
-        format_func=fmt.label, label_visibility="collapsed",
+    phase = state.choice(
+        st.segmented_control, "Phase of a look", {name: fmt.label(name) for name in phases}, key="look_phase",
+        default=phases[0], required=True, label_visibility="collapsed",
     )  # fmt: skip
-    _drawn({titles[id_]: found[id_] for id_ in chosen}, [names[id_] for id_ in chosen], phase or phases[0])
+    _drawn({titles[id_]: found[id_] for id_ in chosen}, [names[id_] for id_ in chosen], phase)
 
 
 def _look_at(known: Sequence[Variant]) -> None:
@@ -113,12 +115,13 @@ def _drawn(looks: Mapping[str, Result], names: Sequence[str], phase: str) -> Non
         card_head(f"{fmt.label(phase)} by component", parts, chart, key=f"components-{phase}")
         st.altair_chart(chart, key="components", alt=f"Milliseconds of a {phase} step by component")
         for flag in dict.fromkeys(flag for look in looks.values() for flag in look.flags):
-            st.caption(f":orange-badge[{esc(flag)}] other programs were busy; look again when it is quiet")
+            st.markdown(f":orange-badge[{esc(flag)}] other programs were busy; look again when it is quiet")
     with st.container(border=True):
         _spans(first, names[0], phase)
     with st.container(border=True):
         if len(looks) == 2:
-            _joined(*looks.values(), names, phase)
+            one, two = looks.values()
+            _joined(one, two, names, phase)
         else:
             _tables(first, phase)
     for note in dict.fromkeys(note for look in looks.values() for note in look.notes):
@@ -152,11 +155,11 @@ def _spans(look: Result, name: str, phase: str) -> None:
 
 def _tables(look: Result, phase: str) -> None:
     """Modules and operators, the largest first."""
-    by = st.segmented_control(
-        "Ranked by", ["Module", "Operator"], default="Module", required=True, key="look_by", bind="query-params",
-        label_visibility="collapsed",
+    by = state.choice(
+        st.segmented_control, "Ranked by", {"module": "Module", "operator": "Operator"}, key="look_by",
+        default="module", required=True, label_visibility="collapsed",
     )  # fmt: skip
-    modules = by != "Operator" and len(look.frames["modules"]) > 0
+    modules = by != "operator" and len(look.frames["modules"]) > 0
     frame = where_views.ranked_modules(look, phase) if modules else where_views.ranked_operators(look, phase)
     card_head(
         "Modules, by their own time" if modules else "Operators, traced", frame, None, key=f"ranked-{phase}"
@@ -166,17 +169,12 @@ def _tables(look: Result, phase: str) -> None:
 
 def _joined(first: Result, second: Result, names: Sequence[str], phase: str) -> None:
     """The second look's modules beside the first's, the largest change first."""
-    joined = join_modules(first.frames["modules"], second.frames["modules"])
-    joined = joined[joined["phase"] == phase].drop(columns=["phase", "kind_a", "kind_b", "depth"])
-    card_head("Module by module, the largest change first", joined, None, key=f"joined-{phase}")
+    frame = where_views.joined(first, second, phase)
+    card_head("Module by module, the largest change first", frame, None, key=f"joined-{phase}")
     st.caption(
         esc(f"A is {names[0]}, B is {names[1]}; joined by path, looked at one after the other: no verdict.")
     )
-    _table(
-        joined.assign(module=joined["module"].replace("", "(whole model)")),
-        "joined",
-        "Two models module by module",
-    )
+    _table(frame, "joined", "Two models module by module")
 
 
 def _table(frame: pd.DataFrame, key: str, alt: str) -> None:

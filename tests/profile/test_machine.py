@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from core import cli
 from core.errors import CannotMeasure
 from core.profile import _roofs, machine
 from core.profile.machine import known_roofs, machine_roofs
@@ -85,6 +88,17 @@ def test_a_device_that_is_not_there_is_refused():
         _roofs.answer({"device": "cuda"}, lambda *_: None)
 
 
+def test_the_command_line_tells_the_roofs(capsys):
+    hand_roofs.keep()
+    assert cli.main(["machine"]) == 0
+    shown = capsys.readouterr().out
+    assert "10.0" in shown
+    assert "GB/s" in shown
+    assert "best of n repetitions" in shown
+    assert cli.main(["machine", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["frame"]) == len(hand_roofs.hand_roofs().frame)
+
+
 @pytest.mark.slow
 @pytest.mark.rotating
 def test_the_roofs_of_this_machine_are_taken_in_a_fresh_process_and_kept():
@@ -98,7 +112,7 @@ def test_the_roofs_of_this_machine_are_taken_in_a_fresh_process_and_kept():
         assert machine_roofs(progress=_fails).taken_at == taken.taken_at
 
 
-class _Asked(Exception):  # noqa: N818 - no error: it says that a measurement was begun
+class _Asked(Exception):
     pass
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from safetensors.torch import load_file
 
+from core import cli
 from core.catalog.records import new_id
 from core.catalog.store import Catalog
 from core.errors import BadInput, CannotOpen
@@ -22,10 +24,11 @@ from core.profile.runtimes.torch_eager import TorchEagerSettings
 from core.profile.shapes import known_shape, shape_of, skeleton_shape
 from core.profile.work import Step, number_bytes, work_of
 from core.types import Measurement, Run, Variant
-from tests.profile.hand_roofs import BANDWIDTH, BFLOAT16, FLOAT32, INT8, hand_roofs
+from tests.profile import hand_roofs
+from tests.profile.hand_roofs import BANDWIDTH, BFLOAT16, FLOAT32, INT8
 from tests.tiny import D_MODEL, HEADS, KV_HEADS, LAYERS, tiny_folder, tiny_model
 
-ROOFS = hand_roofs()
+ROOFS = hand_roofs.hand_roofs()
 HEAD = D_MODEL // HEADS
 
 
@@ -258,3 +261,16 @@ def test_nothing_measured_and_nothing_known(base):
     assert {"share_of_bandwidth", "counted"} <= set(empty.columns)
     with pytest.raises(BadInput):
         roofline(catalog, "nobody", ROOFS)
+
+
+def test_the_command_line_shows_every_phase_under_its_roof(base, monkeypatch, capsys, tmp_path):
+    catalog, variant = base
+    hand_roofs.keep()
+    profiled(catalog, variant, ms=1.0)
+    monkeypatch.setenv("SLIMSCOPE_CATALOG", f"sqlite:///{tmp_path / 'catalog.db'}")
+    assert cli.main(["roofline", f"variant:{variant.id}", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["phase"] for row in rows] == ["prefill", "decode"]
+    assert all(0 < row["share_of_roof"] < 1 and row["action"] for row in rows)
+    assert cli.main(["roofline", f"variant:{variant.id}"]) == 0
+    assert "10.0 GB/s, 100 GFLOP/s" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from core.errors import BadInput, CannotMeasure
 from core.profile.runtimes.torch_eager import TorchEager, TorchEagerSettings
 from core.profile.where import look as looking
 from core.profile.where.look import look, places_of, where_the_time_goes
+from core.profile.where.onnx_notes import calls_of
 from core.profile.where.spans import Span, nested
 from core.profile.where.tables import (
     BETWEEN,
@@ -31,6 +33,7 @@ from core.profile.where.tables import (
 )
 from core.profile.where.torch_modules import timed, traced
 from core.profile.where.trace import chrome_trace
+from core.registry import get
 from core.types import silent
 from tests.profile import hand_roofs
 from tests.tiny import tiny_folder, tiny_model
@@ -234,6 +237,45 @@ def test_the_slow_module_is_the_top_row(tmp_path, monkeypatch, slow):
         assert top["total_ms"] <= whole["total_ms"]
         assert abs(rows["self_ms"].sum() / whole["total_ms"] - 1) < 0.2
     assert set(modules["phase"]) == {"prefill", "decode"}
+
+
+def test_the_notes_of_onnx_runtime_become_spans(tmp_path):
+    def event(name: str, start: int, took: int, **args: str) -> dict[str, object]:
+        return {"cat": "Node" if args else "Session", "name": name, "ts": start, "dur": took, "args": args}
+
+    events = [
+        event("model_loading_uri", 0, 90),
+        event("m_kernel_time", 210, 40, op_name="MatMul"),
+        event("m_fence_before", 205, 1, op_name="MatMul"),
+        event("model_run", 100, 50),
+        event("a_kernel_time", 110, 20, op_name="Add"),
+        event("m_kernel_time", 130, 15, op_name="MatMul"),
+        event("model_run", 200, 100),
+    ]
+    (tmp_path / "calls.json").write_text(json.dumps(events))
+    first, second = (nested(call) for call in calls_of(tmp_path / "calls.json"))
+    assert [(span.name, span.self_ns) for span in first] == [
+        ("", 15_000),
+        ("Add", 20_000),
+        ("MatMul", 15_000),
+    ]
+    assert [(span.name, span.self_ns) for span in second] == [("", 60_000), ("MatMul", 40_000)]
+
+
+@pytest.mark.slow
+@pytest.mark.rotating
+@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="onnxruntime is not installed")
+def test_a_graph_tells_its_operators_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLIMSCOPE_CACHE", str(tmp_path / "cache"))
+    asked = get("profile", "onnx_runtime").parse({"prompt_tokens": 16, "new_tokens": 4, "threads": 1})
+    found = where_the_time_goes(tiny_folder("llama", tmp_path / "model"), "onnx_runtime", silent, asked)
+    assert found.frames["modules"].empty
+    operators = found.frames["operators"]
+    assert set(operators["phase"]) == {"prefill", "decode"}
+    assert {"MatMul", BETWEEN} <= set(operators["operator"])
+    assert operators.groupby("phase")["share"].sum().to_numpy() == pytest.approx(1)
+    json.loads(chrome_trace({"graph": found.frames["events"]}))
+    assert not list(tmp_path.rglob("calls*.json"))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
