@@ -7,7 +7,7 @@ profile run that measured a phase:
   else is not default, in words), label (name, runtime and settings), is_base
 - time_ms with low and high (of one step, median), rate with low and high, rate_unit, n
 - parity_kl (to the same artifact in float32), parity_low, parity_high; loss (to the base) with low and high; NaN where unknown
-- memory_bytes, energy_j (per token), energy (``measured``, ``modelled`` or ``unavailable``)
+- memory_bytes
 - status, flags, ended_at, newest (of all runs of this variant, runtime and settings)
 """
 
@@ -22,7 +22,7 @@ import pandas as pd
 
 from app import format as fmt
 from core.errors import BadInput
-from core.profile.comparability import tier_of
+from core.profile.comparability import Badge, tier_of
 from core.profile.roofline import TIMES, measured
 from core.profile.runtimes._base import PLAIN
 from core.registry import get, methods
@@ -51,7 +51,7 @@ COLUMNS = (
     *("run", "variant", "name", "runtime", "workload", "settings", "label", "is_base"),
     *("time_ms", "time_low", "time_high", "rate", "rate_low", "rate_high", "rate_unit", "n"),
     *("parity_kl", "parity_low", "parity_high", "loss", "loss_low", "loss_high"),
-    *("memory_bytes", "energy_j", "energy", "status", "flags", "ended_at", "newest"),
+    *("memory_bytes", "status", "flags", "ended_at", "newest"),
 )
 
 
@@ -69,9 +69,7 @@ def rows_of(variants: Sequence[Variant], runs: Mapping[str, Sequence[Run]], phas
     frame = pd.DataFrame(rows, columns=[*COLUMNS, "cell"])
     order = frame.assign(valid=frame["status"] == "valid").sort_values(["valid", "ended_at"], ascending=False)
     frame["newest"] = ~order.duplicated("cell").reindex(frame.index)
-    numbers = [
-        name for name in COLUMNS if name.startswith(("time_", "rate", "parity", "loss", "memory", "energy_"))
-    ]
+    numbers = [name for name in COLUMNS if name.startswith(("time_", "rate", "parity", "loss", "memory"))]
     numbers.remove("rate_unit")
     frame = frame.drop(columns="cell").astype(dict.fromkeys(numbers, float))
     return frame.sort_values("time_ms", ignore_index=True)
@@ -88,7 +86,7 @@ def _row(variant: Variant, run: Run, phase: Phase) -> dict[str, Any] | None:
     loss = measured(run, "parity_kl_base") or (parity if base else None)
     if parity is not None and parity.name.startswith("parity_kl_base"):
         parity = None
-    memory, energy = measured(run, "peak_memory_bytes"), energy_of(run, phase)
+    memory = measured(run, "peak_memory_bytes")
     return {
         "run": run.id,
         "variant": variant.id,
@@ -109,8 +107,6 @@ def _row(variant: Variant, run: Run, phase: Phase) -> dict[str, Any] | None:
         **_interval("parity", parity, "parity_kl"),
         **_interval("loss", loss, "loss"),
         "memory_bytes": memory.value if memory else None,
-        "energy_j": energy.value if energy else None,
-        "energy": energy_label(run, energy),
         "status": run.status,
         "flags": " ".join(run.flags),
         "ended_at": run.ended_at,
@@ -125,19 +121,6 @@ def _interval(stem: str, found: Measurement | None, value: str) -> dict[str, flo
         f"{stem}_low": found.low if found else None,
         f"{stem}_high": found.high if found else None,
     }
-
-
-def energy_of(run: Run, phase: Phase) -> Measurement | None:
-    """Joules per token of a phase: less what an idle machine takes where that is known, else gross."""
-    stems = (f"{phase}_net_j_per_token", f"{phase}_j_per_token")
-    return next((m for stem in stems if (m := measured(run, stem)) is not None), None)
-
-
-def energy_label(run: Run, found: Measurement | None) -> str:
-    """``measured``, ``modelled`` or ``unavailable``."""
-    said = run.conditions.get("energy")
-    status = said.get("status") if isinstance(said, Mapping) else None
-    return str(status or ("measured" if found is not None else "unavailable"))
 
 
 def runtime_title(id_: str) -> str:
@@ -221,12 +204,17 @@ def _headline(
 
 
 def loss_words(row: pd.Series) -> str:
-    """What a row's answers have lost, in words: ``KL to base 0.0041 nats`` or that nobody looked."""
+    """What a row's answers have lost, in words: ``KL 0.0041`` (to the base) or that nobody looked."""
     if not np.isnan(row["loss"]):
-        return f"KL to base {fmt.significant(row['loss'], 2)}"
+        return f"KL {fmt.significant(row['loss'], 2)}"
     if not np.isnan(row["parity_kl"]):
-        return f"KL to its own files {fmt.significant(row['parity_kl'], 2)}"
+        return f"KL to its files {fmt.significant(row['parity_kl'], 2)}"
     return "parity not measured"
+
+
+def badge_words(badge: Badge) -> str:
+    """A badge in a few words: ``B, same machine, software and protocol, another session``."""
+    return f"{badge.letter}, {badge.why.partition(';')[0]}"
 
 
 def badges(rows: pd.DataFrame, runs: Mapping[str, Run], reference: str) -> tuple[list[str], list[str]]:
@@ -254,10 +242,6 @@ def table(rows: pd.DataFrame, runs: Mapping[str, Run], reference: str) -> pd.Dat
             "loss": rows["loss"],
             "parity_kl": rows["parity_kl"],
             "memory": rows["memory_bytes"] / 1e6,
-            "energy": [
-                label if np.isnan(joules) else f"{fmt.significant(joules)} J, {label}"
-                for joules, label in zip(rows["energy_j"], rows["energy"], strict=True)
-            ],
             "n": rows["n"],
             "badge": letters,
             "why": why,

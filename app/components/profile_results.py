@@ -14,7 +14,7 @@ from app.components.export_menu import export_menu
 from app.profile_views import Phase
 from app.text import esc
 from core.errors import SlimscopeError
-from core.profile.comparability import MEANINGS
+from core.profile.comparability import MEANINGS, tier_of
 from core.types import Run
 
 FLAGS = {
@@ -37,16 +37,16 @@ def headline_cards(rows: pd.DataFrame, tolerance: float) -> None:
                     delta_description=headline.beside, border=True, height="stretch",
                 )  # fmt: skip
                 continue
-            flagged = headline.row["status"] != "valid"
-            times = "" if headline.times is None else f"{fmt.significant(headline.times)} × "
+            times = (
+                "the yardstick" if headline.times is None else f"{fmt.significant(headline.times)} × torch"
+            )
             st.metric(
                 headline.title,
                 headline.value,
-                delta=(f"{times}plain torch" if times else "the yardstick")
-                + (", flagged" if flagged else ""),
+                delta=headline.beside,
                 delta_color="off",
                 delta_arrow="off",
-                delta_description=headline.beside,
+                delta_description=times,
                 border=True,
                 height="stretch",
                 help=esc(
@@ -63,14 +63,15 @@ def headline_sentence(rows: pd.DataFrame, runs: Mapping[str, Run], tolerance: fl
     """How far the figures may be compared, and that only a race gives a verdict."""
     told = [headline.row for headline in profile_views.headlines(rows, tolerance)]
     first, plain = told[0], told[3]
-    if first is None or plain is None or first["run"] == plain["run"]:
-        return
-    (letter, *_), (why, *_) = profile_views.badges(first.to_frame().T, runs, plain["run"])
-    st.caption(
-        esc(
-            f"Largest median against plain torch: badge {letter}, {why}. A verdict needs both in one session: see A against B."
+    flagged = [row for row in told if row is not None and row["status"] != "valid"]
+    if first is not None and plain is not None and first["run"] != plain["run"]:
+        badge = tier_of(runs[first["run"]], runs[plain["run"]])
+        st.caption(
+            esc(
+                f"Medians against plain torch: badge {profile_views.badge_words(badge)}. No verdict; A against B gives one."
+                + (f" {len(flagged)} of these figures rest on flagged runs." if flagged else "")
+            )
         )
-    )
 
 
 # --- distributions --------------------------------------------------------------------------------------
@@ -181,7 +182,6 @@ def ranked_table(rows: pd.DataFrame, runs: Mapping[str, Run], phase: Phase, pick
                 "Parity KL", format="%.2g", width=90, help="to the same files in float32: what the runtime itself changes"
             ),
             "memory": column.NumberColumn("Peak MB", format="%.0f", width=80),
-            "energy": column.TextColumn("J per token", width=100, help="measured, modelled or unavailable"),
             "n": column.NumberColumn("n", width=50),
             "badge": column.MultiselectColumn(
                 "Badge", options=[*MEANINGS, "–"], color=["green", "blue", "gray", "orange", "red", "gray"], width=70,
@@ -215,7 +215,7 @@ def run_drawer(run: Run, row: pd.Series, phase: Phase) -> None:
             st.markdown(f":orange-badge[{esc(FLAGS.get(flag, flag))}]")
         if not run.flags:
             st.markdown(":green-badge[valid]")
-        st.markdown(f":gray-badge[energy {esc(row['energy'])}]")
+        st.markdown(":gray-badge[energy unavailable: no counter was read]")
     left, right = st.columns([1, 1.2], gap="medium")
     with left:
         st.table(_numbers(run), border="horizontal")

@@ -17,9 +17,9 @@ from app.text import esc
 from core.errors import SlimscopeError
 from core.jobs.profile_plan import submit_race
 from core.profile.comparability import tier_of
+from core.profile.runtimes._base import PLAIN
 from core.types import Run
 
-COLORS = {"a is faster": "blue", "b is faster": "blue", "equivalent": "green", "inconclusive": "orange"}
 REFUSED = "race_refused"
 
 
@@ -39,7 +39,7 @@ def race_panel(rows: pd.DataFrame, runs: Mapping[str, Run], races: Sequence[Run]
 
 
 def _choose(rows: pd.DataFrame, titles: Mapping[str, str], runs: Mapping[str, Run], phase: Phase) -> None:
-    plain = rows[rows["is_base"]]["run"]
+    plain = rows[rows["is_base"] & (rows["runtime"] == PLAIN)]["run"]
     ids = list(titles)
     first = _picked("a", ids, plain.iloc[0] if len(plain) else ids[-1])
     second = _picked("b", ids, next(id_ for id_ in ids if id_ != first))
@@ -61,7 +61,7 @@ def _choose(rows: pd.DataFrame, titles: Mapping[str, str], runs: Mapping[str, Ru
     st.caption(
         esc(
             f"So far: B's median is {two['rate'] / one['rate']:.3g} × A's; A: {profile_views.loss_words(one)}, "
-            f"B: {profile_views.loss_words(two)}. Badge {badge.letter}, {badge.why}: no verdict."
+            f"B: {profile_views.loss_words(two)}. Badge {profile_views.badge_words(badge)}: no verdict."
         )
     )
 
@@ -158,7 +158,6 @@ def _race(run: Run) -> None:
     )
     card_head(said["verdict"].capitalize(), ratios, chart, key=f"race-{run.id}")
     with st.container(horizontal=True, gap="xsmall"):
-        st.markdown(f":{COLORS.get(said['verdict'], 'gray')}-badge[{esc(said['verdict'])}]")
         st.markdown(f":green-badge[badge {badge.letter}: {esc(badge.why)}]")
         for flag in run.flags:
             st.markdown(f":orange-badge[{esc(flag)}]")
@@ -177,7 +176,7 @@ def _race(run: Run) -> None:
 def _side(side: Mapping[str, Any]) -> str:
     kl = side.get("parity_kl")
     told = f"parity KL {fmt.significant(kl, 2)}" if kl is not None else "parity not measured"
-    return f"{side['name']} in {profile_views.runtime_title(side['runtime'])}, {side['dtype']}, {side['threads']} threads, {told}"
+    return f"{side['name']} in {profile_views.runtime_title(side['runtime'])}, {side['dtype']}, {side['threads']} thread{'s' * (side['threads'] != 1)}, {told}"
 
 
 def race_table(races: Sequence[Run]) -> pd.DataFrame:
