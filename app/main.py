@@ -25,6 +25,12 @@ PAGES = (
     ("distil", "Distil", "school", "Train a smaller student from a teacher, beside its honest baselines"),
     ("tradeoffs", "Trade-offs", "scatter_plot", "Size, quality and speed of every variant"),
     ("profile", "Profile", "speed", "How fast each variant is in each runtime, at what loss, and why"),
+    (
+        "devices",
+        "Devices",
+        "developer_board",
+        "On which devices a model fits, predicted, and your own to measure on",
+    ),
     ("jobs", "Jobs", "manufacturing", "The queue: progress, logs, cancel and retry"),
 )
 """File name (and address), title, icon and help of every page; the first is the start page."""

@@ -13,7 +13,10 @@ import streamlit as st
 
 from app import engine
 from core.catalog import queries
+from core.predict import anchors, track_record
+from core.predict.anchors import Observed
 from core.predict.model import Shape
+from core.predict.track_record import By
 from core.profile import grid, offers
 from core.profile.grid import Cell
 from core.profile.offers import Offer
@@ -44,6 +47,27 @@ def speed_runs(base_id: str, revision: int) -> dict[str, list[Run]]:
 def looks(base_id: str, revision: int) -> dict[str, list[Run]]:
     """Variant → the runs that kept a whole result, newest first; ``app.where_views.looks`` picks those of time."""
     return queries.runs_of_base(engine.catalog(), base_id, ("probe",))
+
+
+@st.cache_data(max_entries=2, show_spinner=False)
+def observed(revision: int) -> tuple[list[Observed], str]:
+    """What own measurements say of devices, and why nothing is said; empty where something is.
+
+    Only where every measured model is counted already: counting starts a process, which is a job's to do.
+    """
+    known = engine.catalog().variants()
+    if len(known) > SHOWN_VARIANTS:
+        return [], f"own measurements scale predictions in catalogs of up to {SHOWN_VARIANTS} models"
+    measured = [v for v in known if any(run.kind == "profile" for run in engine.catalog().runs(v.id))]
+    if any(known_shape(variant.fingerprint) is None for variant in measured):
+        return [], "own measurements are not counted yet: Profile, Roofline counts them"
+    return anchors.observed(engine.catalog()), "" if measured else "nothing was measured here yet"
+
+
+@st.cache_data(max_entries=2, show_spinner=False)
+def held_out(by: By) -> pd.DataFrame:
+    """Every published rate beside what would have been said without its device, or its chip."""
+    return track_record.track_record(by=by)
 
 
 @st.cache_data(max_entries=128, show_spinner=False)

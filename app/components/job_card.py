@@ -49,7 +49,7 @@ def subject(job: Job) -> str:
         known = methods(job.kind)  # type: ignore[arg-type]
         id_ = str(job.spec.get("method"))
         return known[id_].title if id_ in known else "a method this version does not know"
-    if job.kind in ("where", "race", "machine"):
+    if job.kind in ("where", "race", "machine", "device"):
         return _measured(job)
     recipe = job.spec.get("recipe")
     if not recipe:
@@ -65,6 +65,9 @@ def _measured(job: Job) -> str:
     spec = job.spec
     if job.kind == "machine":
         return "the roofs of this machine"
+    if job.kind == "device":
+        what = f"{_name(str(spec['variant']))} on " if "variant" in spec else ""
+        return f"{spec['action']} {what}{spec['slug']}"
     if job.kind == "race":
         sides = [
             f"{_name(str(spec['a']))} in {spec['runtime_a']}",

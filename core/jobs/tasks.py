@@ -7,6 +7,8 @@ A task is ``task(spec, context) -> result``: ``spec`` and ``result`` are plain J
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Any
 
 from core.jobs.context import Task, TaskContext
@@ -159,6 +161,51 @@ def machine(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
     return {"taken_at": roofs.taken_at, "flags": list(roofs.flags), "phases": len(rows)}
 
 
+def device(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Something with a device of one's own: ``{"slug", "action"}`` and what the action needs (``core.jobs.device_plan``)."""
+    from core.devices import registry, remote, ssh
+
+    target = registry.device(spec["slug"])
+    match spec["action"]:
+        case "check":
+            return {"probed": asdict(remote.probe(target))}
+        case "key":
+            return {"fingerprint": ssh.offered_key(target)[1]}
+        case "trust":
+            ssh.pin(target, spec["fingerprint"])
+            return {"pinned": spec["fingerprint"]}
+        case "calibrate":
+            rows = remote.calibrate(target, progress=context.progress).frame
+            return {"roofs": json.loads(rows.to_json(orient="records"))}
+        case "clean":
+            return {"freed_bytes": remote.clean(target)}
+        case "script":
+            folder = context.catalog.folder / "scripts"
+            folder.mkdir(exist_ok=True)
+            file = folder / f"slimscope-{spec['variant'][:12]}-{target.slug}.pyz"
+            engine = spec["engine"] or "onnxruntime"
+            remote.script_for(
+                context.catalog,
+                spec["variant"],
+                target,
+                engine,
+                file,
+                spec["settings"],
+                progress=context.progress,
+            )
+            return {"file": str(file), "bytes": file.stat().st_size}
+    run = remote.profile_on_device(
+        context.catalog,
+        spec["variant"],
+        target,
+        engine=spec["engine"],
+        settings=spec["settings"],
+        progress=context.progress,
+        job_id=context.job.id,
+    )
+    return _said(context, run)
+
+
 TASKS: dict[str, Task] = {
     "compress": compress,
     "evaluate": evaluate,
@@ -166,6 +213,7 @@ TASKS: dict[str, Task] = {
     "race": race,
     "where": where,
     "machine": machine,
+    "device": device,
     "probe": probe,
     "train": train,
     "export": export,
