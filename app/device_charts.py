@@ -10,7 +10,7 @@ import pandas as pd
 from app.charts import PADDING
 
 NEUTRAL = "#8A93A6"
-_LOG = {"grid": False, "format": "~g", "labelOverlap": "parity"}
+_LOG: dict[str, Any] = {"grid": False, "format": "~g", "labelOverlap": "parity"}
 
 
 def bands(frame: pd.DataFrame) -> Any:
@@ -28,7 +28,7 @@ def bands(frame: pd.DataFrame) -> Any:
         alt.Tooltip("high:Q", title="to", format=".3~g"),
         alt.Tooltip("told:N", title="How"),
     ]
-    color = alt.Color("kind:N", legend=alt.Legend(orient="top", title=None, columns=5))
+    color = alt.Color("kind:N", legend=alt.Legend(orient="top", title=None, columns=5, symbolOpacity=1))
     rules = (
         alt.Chart(frame)
         .mark_rule(strokeWidth=5, opacity=0.35)

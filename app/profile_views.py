@@ -236,6 +236,7 @@ def table(rows: pd.DataFrame, runs: Mapping[str, Run], reference: str) -> pd.Dat
             "name": rows["name"],
             "runtime": rows["runtime"].map(runtime_title),
             "settings": rows["settings"],
+            "badge": letters,
             "rate": rows["rate"],
             "rate_interval": _intervals(rows, "rate"),
             "time_ms": rows["time_ms"],
@@ -243,9 +244,8 @@ def table(rows: pd.DataFrame, runs: Mapping[str, Run], reference: str) -> pd.Dat
             "parity_kl": rows["parity_kl"],
             "memory": rows["memory_bytes"] / 1e6,
             "n": rows["n"],
-            "badge": letters,
-            "why": why,
             "flags": rows["flags"],
+            "why": why,
             "measured": rows["ended_at"].map(fmt.ago),
         }
     )

@@ -176,7 +176,7 @@ def _measuring(device: Device, jobs: list[Job]) -> None:
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
         engines = {"first": "The first that is there", **{name: name for name in get_args(Engine)}}
         engine_ = state.choice(st.selectbox, "Engine", engines, key="engine", default="first")
-        tiers = {name: name for name in EFFORTS}
+        tiers: dict[str, str] = {name: name for name in EFFORTS}
         tier = state.choice(st.segmented_control, "Tier", tiers, key="tier", default="quick", required=True)
     chosen: dict[str, Any] = {
         "variant": variant,

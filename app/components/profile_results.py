@@ -17,6 +17,12 @@ from core.errors import SlimscopeError
 from core.profile.comparability import MEANINGS, tier_of
 from core.types import Run
 
+READING = {
+    "strip": "Each tick is one sample, dark where it was contended; the diamond below is the median in its 95 % interval, hollow "
+    "where the run is flagged",
+    "ecdf": "Each line is the share of samples at or below a time; the point is the median",
+}
+"""How each drawing is read."""
 FLAGS = {
     "contention": "other programs were busy",
     "load_too_high": "the machine was busy at the start",
@@ -114,10 +120,7 @@ def distributions(rows: pd.DataFrame, phase: Phase, domain: list[str]) -> str | 
         if len(rows) > len(shown)
         else ""
     )
-    st.caption(
-        "Each tick is one sample; the diamond is the median in its 95 % interval, hollow where the run is flagged; "
-        f"dark ticks were contended{more}"
-    )
+    st.caption(READING["ecdf" if shape == "ecdf" else "strip"] + more)
     return picked
 
 

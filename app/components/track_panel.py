@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import streamlit as st
@@ -35,12 +35,12 @@ def track_panel() -> None:
         )  # fmt: skip
         st.metric(
             "Inside the band", f"{record['inside'].mean():.0%}", border=True, height="stretch",
-            delta="nominal 90%", delta_color="off", delta_arrow="off", delta_description="bands made without it",
+            delta="nominal 90%", delta_color="off", delta_arrow="off", delta_description="without it",
         )  # fmt: skip
         flagged = int((record["flag"] != "").sum())
         st.metric(
-            "Physically suspicious", flagged, border=True, height="stretch", delta="share > 1 or < 0.05",
-            delta_color="off", delta_arrow="off", delta_description="of the bandwidth",
+            "Physically suspicious", flagged, border=True, height="stretch", delta="> 1 or < 0.05",
+            delta_color="off", delta_arrow="off", delta_description="of bandwidth",
         )  # fmt: skip
     chart = device_charts.record(record)
     left, right = st.columns([1.2, 1], gap="small")
@@ -71,7 +71,7 @@ def _percent(
     shares = ("median_error", "p90_error", "inside", "prefill_median_error", "error", "share")
     titles = {"engine": "Class", "n": "n", "name": "Device", "median_error": "Median", "p90_error": "p90", "inside": "Inside band",
               "prefill_n": "Prefill n", "prefill_median_error": "Prefill", "error": "Off by", "share": "Of bandwidth"}  # fmt: skip
-    config = {name: titles.get(name, name.capitalize()) for name in frame.columns}
+    config: dict[str, Any] = {name: titles.get(name, name.capitalize()) for name in frame.columns}
     config |= {
         name: column.NumberColumn(titles[name], format="percent")
         for name in shares

@@ -183,7 +183,7 @@ def device(spec: dict[str, Any], context: TaskContext) -> dict[str, Any]:
             folder = context.catalog.folder / "scripts"
             folder.mkdir(exist_ok=True)
             file = folder / f"slimscope-{spec['variant'][:12]}-{target.slug}.pyz"
-            engine = spec["engine"] or "onnxruntime"
+            engine: Any = spec["engine"] or "onnxruntime"
             remote.script_for(
                 context.catalog,
                 spec["variant"],

@@ -60,9 +60,9 @@ class Partner:
         self._child, self._module, self._words, self._progress = child, module, words, progress
         self._stdin, self._stdout = child.stdin, child.stdout
 
-    def ask(self, request: Mapping[str, Any], *, message: str) -> Any:
-        """What the module answers to one more request; raises as the function ``ask`` does."""
-        start = (0.0, 1.0, message)
+    def ask(self, request: Mapping[str, Any], *, message: str, share: float = 0.0) -> Any:
+        """What the module answers to one more request, ``share`` of all work being done; raises as the function ``ask`` does."""
+        start = (share, 1.0, message)
         self._progress(*start)
         try:
             self._stdin.write(json.dumps({**request, "module": self._module}).encode() + b"\n")

@@ -25,7 +25,7 @@ from core.errors import BadInput
 from core.profile._race_result import WORKLOAD, Runner, result_of_race
 from core.profile.built import built
 from core.profile.device_lock import exclusive
-from core.profile.fresh import Partner, partner
+from core.profile.fresh import partner
 from core.profile.measured import Measured, Stretch
 from core.profile.paired_blocks import DELTA, FEWEST
 from core.profile.protocol import BLOCKS, Blocks, PairedProtocol
@@ -135,13 +135,15 @@ def _run(
             for order, side in enumerate(turn):
                 time.sleep(protocol.settle_s)
                 message = f"block {block + 1} of {protocol.blocks.n}, {side}"
-                stretch = _stretch(sides["ab".index(side)], phases[0]["phase"], protocol, message)
+                request = _stretch(phases[0]["phase"], protocol)
+                share = (block + order / len(turn)) / protocol.blocks.n
+                said = sides["ab".index(side)].ask(request, message=message, share=share)
+                stretch = Stretch.model_validate(said)
                 rows += [
                     (block, side, order, i, ms, stretch.other_cpu) for i, ms in enumerate(stretch.values_ms)
                 ]
-            progress(block + 1, protocol.blocks.n, f"block {block + 1} of {protocol.blocks.n}")
         measured = [
-            Measured.model_validate(side.ask(_finish(runner), message="checking its answers"))
+            Measured.model_validate(side.ask(_finish(runner), message="checking its answers", share=1.0))
             for side, runner in zip(sides, runners, strict=True)
         ]
     columns = ["block", "side", "order", "iteration", "value_ms", "other_cpu"]
@@ -165,14 +167,13 @@ def _start(runner: Runner, protocol: PairedProtocol) -> dict[str, Any]:
     }
 
 
-def _stretch(side: Partner, phase: str, protocol: PairedProtocol, message: str) -> Stretch:
-    request = {
+def _stretch(phase: str, protocol: PairedProtocol) -> dict[str, Any]:
+    return {
         "do": "stretch",
         "phase": phase,
         "seconds": protocol.blocks.stretch_s,
         "fewest_steps": protocol.fewest_steps,
     }
-    return Stretch.model_validate(side.ask(request, message=message))
 
 
 def _finish(runner: Runner) -> dict[str, Any]:

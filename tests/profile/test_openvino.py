@@ -71,6 +71,8 @@ def test_its_logits_are_the_models_over_prompts_and_forced_tokens(family: str, t
         assert facts.kv_cache_bytes == 2 * 43 * per_token
 
 
+@pytest.mark.slow
+@pytest.mark.rotating
 @pytest.mark.parametrize(("bits", "scheme"), [(8, "symmetric"), (4, "affine")])
 def test_stored_integer_weights_stay_packed_and_are_the_artifacts(bits: int, scheme: str, tmp_path: Path):
     from core.catalog.store import Catalog
@@ -94,6 +96,8 @@ def test_stored_integer_weights_stay_packed_and_are_the_artifacts(bits: int, sch
     assert np.abs(runtime.logits() - wanted).max() < 1e-3 * np.ptp(wanted)
 
 
+@pytest.mark.slow
+@pytest.mark.rotating
 def test_fewer_bits_move_the_answers_a_little_and_their_numbers_are_named_so(tmp_path: Path):
     folder = tiny_folder("smollm", tmp_path / "model")
     tokens_BP = np.random.default_rng(0).integers(0, 512, (1, 12))
