@@ -29,6 +29,8 @@ REPRODUCE = Reproduction(
     "slimscope jobs --json",
 )
 LOG_LINES = 120
+PROFILE_PARTS = {"race": ("race", "race"), "where": ("where", "look"), "machine": ("roofline", "")}
+"""Kind of job → the part of the Profile page that shows its result, and the name of its run in the address."""
 STATES = ["queued", "running", "paused", "succeeded", "failed", "cancelled", "lost"]
 
 
@@ -106,6 +108,14 @@ def detail(job: Job) -> None:
             label="Open the result",
             icon=":material/troubleshoot:",
             query_params={"model": str(job.spec["model"]), "run": str(job.result["run"])},
+        )
+    elif job.kind in PROFILE_PARTS and job.state == "succeeded":
+        part, name = PROFILE_PARTS[job.kind]
+        query = {"part": part, **({name: str(job.result["run"])} if name else {})}
+        if variant:
+            query["base"] = engine.variant_of(str(variant)).base_id
+        st.page_link(
+            "../pages/profile.py", label="Open the result", icon=":material/speed:", query_params=query
         )
     elif variant:
         st.page_link(

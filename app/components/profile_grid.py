@@ -29,6 +29,7 @@ AXES = {
 }
 """Setting → title, example and help of the axes that every runtime has."""
 REFUSED = "grid_refused"
+VARIANTS = "grid_variants"
 
 
 def profile_grid(known: Sequence[Variant]) -> None:
@@ -48,25 +49,38 @@ def profile_grid(known: Sequence[Variant]) -> None:
 
 
 def _variants(known: Sequence[Variant]) -> tuple[str, ...]:
-    names = {variant.id: variant.name for variant in known}
-    asked = [id_ for id_ in st.query_params.get("variants", "").split(",") if id_ in names]
-    key = "grid_variants"
+    """A table whose ticked rows are in the address; the base where the address says nothing."""
+    ids = [variant.id for variant in known]
+    asked = st.query_params.get("variants", ids[0]).split(",")
+    rows = [ids.index(id_) for id_ in dict.fromkeys(asked) if id_ in ids]
+    if (st.session_state.get(VARIANTS) or {}).get("selection", {}).get("rows") != rows:
+        st.session_state[VARIANTS] = {"selection": {"rows": rows}}
 
     def follow() -> None:
-        st.query_params["variants"] = ",".join(st.session_state[key])
+        ticked = st.session_state[VARIANTS]["selection"]["rows"]
+        st.query_params["variants"] = ",".join(ids[row] for row in ticked)
 
-    if key not in st.session_state:
-        st.session_state[key] = asked or [known[0].id]
-    st.session_state[key] = [id_ for id_ in st.session_state[key] if id_ in names]
-    found = st.multiselect(
-        "Variants",
-        list(names),
-        format_func=lambda id_: names[id_],
-        key=key,
-        on_change=follow,
-        placeholder="The base and anything made from it",
+    st.dataframe(
+        pd.DataFrame(
+            {
+                "name": [variant.name for variant in known],
+                "size": [fmt.size(variant.bytes) for variant in known],
+                "bits": [variant.bits_per_weight for variant in known],
+            }
+        ),
+        hide_index=True,
+        height="content" if len(known) <= 6 else 250,
+        key=VARIANTS,
+        on_select=follow,
+        selection_mode="multi-row",
+        alt="The base and everything made from it; ticked rows are measured",
+        column_config={
+            "name": st.column_config.TextColumn("Variants", pinned=True, width="large"),
+            "size": "Size",
+            "bits": st.column_config.NumberColumn("Bits per weight", format="%.2f"),
+        },
     )
-    return tuple(found)
+    return tuple(ids[row] for row in rows)
 
 
 def _runtimes(offered: Sequence[Offer]) -> tuple[str, ...]:

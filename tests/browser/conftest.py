@@ -17,6 +17,7 @@ import pytest
 
 from core.catalog.store import Catalog
 from core.jobs.lock import supervisor_pid
+from tests.app.measured import recorded
 from tests.synthetic import fill
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -93,6 +94,13 @@ def tradeoffs(server) -> str:
     """The address of Trade-offs on a base with twenty invented variants."""
     base = fill(Catalog(f"sqlite:///{server.home / 'catalog.sqlite'}"), 20)
     return f"{server.url}/tradeoffs?base={base.id}"
+
+
+@pytest.fixture(scope="session")
+def measured(server) -> str:
+    """The path of Profile on recorded measurements of a tiny model."""
+    found = recorded(Catalog(f"sqlite:///{server.home / 'catalog.sqlite'}"), str(server.home / "tiny"))
+    return f"/profile?base={found.base.id}"
 
 
 @pytest.fixture

@@ -26,7 +26,19 @@ def test_first_page_and_navigation(page, server):
     page.goto(server.url)
     ready(page)
     expect(page.get_by_role("heading", name="What do you want to look at?")).to_be_visible()
-    for name in ("Home", "Model", "Formats", "Inspect", "Compress", "Distil", "Trade-offs", "Jobs"):
+    names = (
+        "Home",
+        "Model",
+        "Formats",
+        "Inspect",
+        "Compress",
+        "Distil",
+        "Trade-offs",
+        "Profile",
+        "Devices",
+        "Jobs",
+    )
+    for name in names:
         expect(page.get_by_role("link", name=name, exact=True)).to_be_visible()
 
 
@@ -109,7 +121,7 @@ def test_a_killed_inspector_is_an_error_card_and_a_new_try(page, server, model):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_of_ours(page, server, model, tradeoffs, scheme):
+def test_axe_finds_nothing_of_ours(page, server, model, tradeoffs, measured, scheme):
     page.emulate_media(color_scheme=scheme)
     found = {}
     for path in (
@@ -119,6 +131,8 @@ def test_axe_finds_nothing_of_ours(page, server, model, tradeoffs, scheme):
         f"/inspect?model={model}&text=one+two&cell=1~1",
         f"/compress?model={model}",
         tradeoffs.removeprefix(server.url),
+        *(f"{measured}&part={part}" for part in ("results", "race", "where", "measure")),
+        *(f"/devices?part={part}" for part in ("fits", "registry", "record", "own", "import")),
         "/jobs",
     ):
         page.goto(server.url + path)
@@ -127,7 +141,7 @@ def test_axe_finds_nothing_of_ours(page, server, model, tradeoffs, scheme):
         page.evaluate(AXE.read_text(encoding="utf-8"))
         report = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
         found |= {
-            f"{path.split('?')[0]} {violation['id']}": [node["target"] for node in violation["nodes"]]
+            f"{path[:60]} {violation['id']}": [node["target"] for node in violation["nodes"]]
             for violation in report["violations"]
             if violation["id"] not in STREAMLITS_OWN
         }
@@ -139,7 +153,7 @@ def test_the_dashboard_stays_light(page, fresh_server, model):
 
     In a dashboard of its own: Streamlit keeps the sessions of other tests, and what they drew, for minutes.
     """
-    for name in ("", "model", "compress", "tradeoffs", "jobs"):
+    for name in ("", "model", "compress", "tradeoffs", "profile", "devices", "jobs"):
         page.goto(f"{fresh_server.url}/{name}?model={model}")
         ready(page)
     inspect(page, fresh_server, model)
