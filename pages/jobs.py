@@ -10,6 +10,7 @@ import streamlit as st
 from app import engine, questions
 from app import format as fmt
 from app.components import job_card as card
+from app.components import measured_link
 from app.components.empty_state import empty_state
 from app.components.heading import About, Reproduction, heading
 from core.jobs.logs import tail
@@ -29,8 +30,6 @@ REPRODUCE = Reproduction(
     "slimscope jobs --json",
 )
 LOG_LINES = 120
-PROFILE_PARTS = {"race": ("race", "race"), "where": ("where", "look"), "machine": ("roofline", "")}
-"""Kind of job → the part of the Profile page that shows its result, and the name of its run in the address."""
 STATES = ["queued", "running", "paused", "succeeded", "failed", "cancelled", "lost"]
 
 
@@ -109,14 +108,8 @@ def detail(job: Job) -> None:
             icon=":material/troubleshoot:",
             query_params={"model": str(job.spec["model"]), "run": str(job.result["run"])},
         )
-    elif job.kind in PROFILE_PARTS and job.state == "succeeded":
-        part, name = PROFILE_PARTS[job.kind]
-        query = {"part": part, **({name: str(job.result["run"])} if name else {})}
-        if variant:
-            query["base"] = engine.variant_of(str(variant)).base_id
-        st.page_link(
-            "../pages/profile.py", label="Open the result", icon=":material/speed:", query_params=query
-        )
+    elif job.state == "succeeded" and job.kind in measured_link.PARTS:
+        measured_link.measured_link(job)
     elif variant:
         st.page_link(
             "../pages/tradeoffs.py",

@@ -12,6 +12,7 @@ import pytest
 from app import profile_views, sample_views, where_views
 from app.components.profile_grid import cell_table, total_words
 from core.catalog.results import result_of
+from core.catalog.tables import JobRow
 from core.jobs.queue import Queue
 from core.predict.model import Layer, Shape
 from core.profile.grid import cells
@@ -369,6 +370,19 @@ def test_the_bottleneck_and_its_next_action_are_said(found, monkeypatch):
     table = next(element.value for element in app.dataframe if "share_of_roof" in element.value)
     assert len(table) == 10
     assert key in set(table["key"])
+
+
+def test_a_finished_race_links_to_its_result(found, catalog):
+    job = Queue(catalog).submit("race", {"model": f"variant:{found.variant.id}", "a": found.base.id, "b": found.variant.id,
+                                         "runtime_a": "torch_eager", "runtime_b": "torch_eager"})  # fmt: skip
+    with catalog.write("jobs_revision") as session:
+        row = session.get(JobRow, job.id)
+        row.state, row.result = "succeeded", {"run": found.race.id, "variant": found.variant.id}
+    app = open_page("jobs", job=job.id)
+    [link] = [link for link in app.get("page_link") if link.proto.label == "Open the result"]
+    assert "part=race" in link.proto.query_string
+    assert f"race={found.race.id}" in link.proto.query_string
+    assert f"base={found.base.id}" in link.proto.query_string
 
 
 @pytest.mark.slow
