@@ -68,6 +68,11 @@ def test_its_logits_are_the_models_over_prompts_and_forced_tokens(family: str, b
     facts = runtime.facts()
     assert facts.exact
     if family == "smollm":
+        model = open_model(ModelRef(str(folder))).model
+        parameters = 4 * sum(parameter.numel() for parameter in model.parameters())
+        assert facts.weights_memory_bytes == pytest.approx(
+            parameters, rel=0.01
+        )  # a shared table is stored once
         shape = json.loads((folder / "config.json").read_text())
         head = shape["hidden_size"] // shape["num_attention_heads"]
         per_token = shape["num_hidden_layers"] * 2 * shape["num_key_value_heads"] * head * 4

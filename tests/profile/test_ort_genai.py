@@ -124,6 +124,21 @@ def test_fewer_bits_move_the_answers_a_little_and_their_numbers_are_named_so(tmp
     assert size["_int4"] < min(size["_int8"], size["_int4_head_int8"])
 
 
+@pytest.mark.slow
+@pytest.mark.rotating
+def test_measured_whole_in_processes_of_its_own_and_held_against_the_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SLIMSCOPE_CACHE", str(tmp_path / "cache"))
+    folder = tiny_folder("smollm", tmp_path / "model")
+    asked = {"tier": "rapid", "threads": 1, "prompt_tokens": 32, "new_tokens": 8, "batch": 2, "depth": 48}
+    result = ort_genai.run(folder, silent, ort_genai.OrtGenaiSettings.model_validate(asked))
+    found = {metric.name: metric.value for metric in result.metrics}
+    assert found["decode_tokens_per_s_ort_genai_depth_48"] > 0
+    assert found["parity_top1_ort_genai_depth_48"] == 1
+    assert found["parity_kl_ort_genai_depth_48"] < 1e-6
+
+
 def test_an_architecture_that_its_builder_does_not_know_is_refused_with_another_way(tmp_path: Path):
     folder = tiny_folder("mixtral", tmp_path / "model")
     with pytest.raises(CannotMeasure, match=r"cannot write MixtralForCausalLM .*measure it in onnx_runtime"):

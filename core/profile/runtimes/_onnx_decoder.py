@@ -16,7 +16,7 @@ import numpy as np
 from core.errors import CannotExport, CannotMeasure
 from core.export._onnx_graph import strip
 from core.export._trace import traced
-from core.lazy import torch
+from core.lazy import torch, transformers
 from core.models.loaded import LoadedModel
 from core.profile.runtimes._cached_graph import small_cache
 from core.profile.runtimes._onnx_own_grid import constant, take_the_place
@@ -39,7 +39,6 @@ def decoder_graph(loaded: LoadedModel, *, sequences: int) -> Any:
             refused = error
             continue
         strip(graph)
-        plain_products(graph)
         return graph
     raise CannotMeasure(
         f"{str(refused).split(';', 1)[0]}; measure it in torch_eager or llama_cpp"
@@ -50,6 +49,7 @@ def _export_with(
     model: Any, _given: dict[str, Any], _config: dict[str, Any], *, cache: Any, fusions: str | None
 ) -> Any:
     exporters: Any = importlib.import_module("transformers.exporters")
+    cache = _growing(cache)
     rows, _, length, _ = cache.layers[0].keys.shape
     free = torch.export.Dim.AUTO
     read = 3
@@ -68,6 +68,17 @@ def _export_with(
     }
     config = exporters.OnnxConfig(dynamic_shapes=shapes, ort_fusions=fusions)
     return exporters.OnnxExporter().export(model, inputs, config).program
+
+
+def _growing(cache: Any) -> Any:
+    """The same keys and values where every layer keeps all of them: a window is the attention mask's affair alone."""
+    grown = transformers.DynamicCache()
+    for layer in cache.layers:
+        kept = transformers.cache_utils.DynamicLayer()
+        kept.lazy_initialization(layer.keys, layer.values)
+        kept.keys, kept.values = layer.keys, layer.values
+        grown.layers.append(kept)
+    return grown
 
 
 def plain_products(model: Any) -> None:

@@ -20,7 +20,7 @@ from core.libraries import without_telemetry
 from core.profile.built import facts_of
 from core.profile.measured import Facts
 from core.profile.runtimes._base import Clock, Prepared, ProfileSettings, WallClock
-from core.profile.runtimes._onnx_decoder import PAST, PRESENT, decoder_graph, with_room
+from core.profile.runtimes._onnx_decoder import PAST, PRESENT, decoder_graph, plain_products, with_room
 from core.profile.runtimes._onnx_file import QUANTIZED, Activations, bytes_of, described, set_activations
 from core.profile.runtimes._onnx_own_grid import on_own_grid
 from core.profile.runtimes._own_exports import ONNX_FILE, onnx_settings, whole_onnx, written_onnx
@@ -274,9 +274,12 @@ def _decoder(
     progress(0.6, 1.0, "storing its weights")
     if settings.weights == "stored":
         grids = own_grids(loaded)
+        if grids:  # else a head that is also the table stays one matrix
+            plain_products(graph)
         facts |= {"packed": len(grids), "own_grid": on_own_grid(graph, grids)}
         facts["exact"] = all(grid.exact for grid in grids.values())
     else:
+        plain_products(graph)
         fold_transposes(graph)
         int8_tables(graph)
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=target) as scratch:
