@@ -72,9 +72,10 @@ def _export_with(
 
 def _growing(cache: Any) -> Any:
     """The same keys and values where every layer keeps all of them: a window is the attention mask's affair alone."""
-    grown = transformers.DynamicCache()
+    layers: Any = transformers.cache_utils
+    grown = layers.DynamicCache()
     for layer in cache.layers:
-        kept = transformers.cache_utils.DynamicLayer()
+        kept = layers.DynamicLayer()
         kept.lazy_initialization(layer.keys, layer.values)
         kept.keys, kept.values = layer.keys, layer.values
         grown.layers.append(kept)
