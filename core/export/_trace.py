@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from core.errors import CannotExport
 from core.export._parity import trace_inputs
 from core.lazy import torch
 from core.models.loaded import LoadedModel
-from core.models.quiet import quiet
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from core.models.quiet import quiet, without_chatter
 
 MOST_ROWS = 1024
 CACHELESS = (
@@ -40,7 +34,7 @@ def traced(
     if loaded.family == "decoder":
         inputs["use_cache"] = False
     try:
-        with quiet(), _without_chatter(), torch.no_grad():
+        with quiet(), without_chatter(), torch.no_grad():
             config = {"dynamic_shapes": shapes, "prefer_deferred_runtime_asserts_over_guards": True}
             return export(loaded.model, inputs, config)
     except Exception as error:
@@ -57,16 +51,3 @@ def _open_sizes(loaded: LoadedModel, ndim: int) -> dict[int, Any]:
     if ndim == 2:
         axes[1] = torch.export.Dim("tokens", min=1, max=loaded.anatomy.context_length)
     return axes
-
-
-@contextmanager
-def _without_chatter() -> Iterator[None]:
-    """Exporters warn of every operator they do not know; what matters is checked afterwards."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

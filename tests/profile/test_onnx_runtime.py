@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +13,10 @@ import torch
 
 from core.errors import SlimscopeError
 from core.models.open import open_model
-from core.profile.built import FACTS
 from core.profile.runtimes import onnx_runtime
-from core.types import ModelRef, silent
+from core.types import ModelRef
+from tests.profile import graphs
+from tests.profile.graphs import expected, rounded_variant
 from tests.tiny import tiny_folder
 
 pytestmark = pytest.mark.skipif(
@@ -25,24 +26,7 @@ pytestmark = pytest.mark.skipif(
 SLOW = (pytest.mark.slow, pytest.mark.rotating)
 
 
-def opened(folder: Path, home: Path, **settings: Any) -> onnx_runtime.OnnxRuntime:
-    """Built as the building process does it, then loaded."""
-    parsed = onnx_runtime.OnnxRuntimeSettings.model_validate({"threads": 1, **settings})
-    files = home / "-".join(["files", *map(str, settings.values())])
-    if not files.exists():
-        files.mkdir(parents=True)
-        (files / FACTS).write_text(json.dumps(onnx_runtime.build(folder, files, silent, parsed)))
-    runtime = onnx_runtime.create(parsed, files)
-    runtime.prepare(folder)
-    runtime.load()
-    return runtime
-
-
-def expected(folder: Path, tokens_BP: np.ndarray) -> np.ndarray:
-    model = open_model(ModelRef(str(folder), dtype="float32")).model
-    with torch.inference_mode():
-        logits: np.ndarray = model(input_ids=torch.from_numpy(tokens_BP)).logits[:, -1].numpy()
-    return logits
+opened = partial(graphs.opened, onnx_runtime)
 
 
 @pytest.mark.parametrize(
@@ -85,15 +69,7 @@ def test_its_logits_are_the_models_over_prompts_and_forced_tokens(family: str, b
 @pytest.mark.rotating
 @pytest.mark.parametrize(("bits", "scheme"), [(4, "affine"), (8, "symmetric")])
 def test_stored_integer_weights_stay_packed_and_are_the_artifacts(bits: int, scheme: str, tmp_path: Path):
-    from core.catalog.store import Catalog
-    from core.loop import make_variant
-    from core.recipe import Recipe
-
-    folder = tiny_folder("llama", tmp_path / "model")
-    catalog = Catalog(f"sqlite:///{tmp_path}/catalog.db")
-    recipe = Recipe.parse({"steps": [{"method": "rtn", "settings": {"bits": bits, "scheme": scheme}}]})
-    variant = make_variant(catalog, str(folder), recipe).variant
-    stored = catalog.variant_folder(variant.id)
+    stored = rounded_variant(tmp_path, bits=bits, scheme=scheme)
     runtime = opened(stored, tmp_path)
     made = runtime._made
     assert (

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +13,10 @@ import torch
 
 from core.errors import CannotMeasure
 from core.models.open import open_model
-from core.profile.built import FACTS
 from core.profile.runtimes import openvino
-from core.types import ModelRef, silent
+from core.types import ModelRef
+from tests.profile import graphs
+from tests.profile.graphs import expected, rounded_variant
 from tests.tiny import tiny_folder
 
 pytestmark = pytest.mark.skipif(
@@ -23,24 +24,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def opened(folder: Path, home: Path, **settings: Any) -> openvino.OpenVino:
-    """Built as the building process does it, then loaded."""
-    parsed = openvino.OpenVinoProfileSettings.model_validate({"threads": 1, **settings})
-    files = home / "-".join(["files", *map(str, settings.values())])
-    if not files.exists():
-        files.mkdir(parents=True)
-        (files / FACTS).write_text(json.dumps(openvino.build(folder, files, silent, parsed)))
-    runtime = openvino.create(parsed, files)
-    runtime.prepare(folder)
-    runtime.load()
-    return runtime
-
-
-def expected(folder: Path, tokens_BP: np.ndarray) -> np.ndarray:
-    model = open_model(ModelRef(str(folder), dtype="float32")).model
-    with torch.inference_mode():
-        logits: np.ndarray = model(input_ids=torch.from_numpy(tokens_BP)).logits[:, -1].numpy()
-    return logits
+opened = partial(graphs.opened, openvino)
 
 
 @pytest.mark.parametrize(
@@ -75,15 +59,7 @@ def test_its_logits_are_the_models_over_prompts_and_forced_tokens(family: str, t
 @pytest.mark.rotating
 @pytest.mark.parametrize(("bits", "scheme"), [(8, "symmetric"), (4, "affine")])
 def test_stored_integer_weights_stay_packed_and_are_the_artifacts(bits: int, scheme: str, tmp_path: Path):
-    from core.catalog.store import Catalog
-    from core.loop import make_variant
-    from core.recipe import Recipe
-
-    folder = tiny_folder("llama", tmp_path / "model")
-    catalog = Catalog(f"sqlite:///{tmp_path}/catalog.db")
-    recipe = Recipe.parse({"steps": [{"method": "rtn", "settings": {"bits": bits, "scheme": scheme}}]})
-    variant = make_variant(catalog, str(folder), recipe).variant
-    stored = catalog.variant_folder(variant.id)
+    stored = rounded_variant(tmp_path, bits=bits, scheme=scheme)
     runtime = opened(stored, tmp_path)
     made = runtime._made
     assert made["own_grid"] == made["packed"] > 0

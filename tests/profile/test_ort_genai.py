@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from core.errors import CannotMeasure
-from core.models.open import open_model
-from core.profile.built import FACTS
 from core.profile.runtimes import ort_genai
-from core.types import ModelRef, silent
+from core.types import silent
+from tests.profile import graphs
+from tests.profile.graphs import expected, rounded_variant
 from tests.tiny import tiny_folder
 
 pytestmark = pytest.mark.skipif(
@@ -23,25 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def opened(folder: Path, home: Path, **settings: Any) -> ort_genai.OrtGenai:
-    """Built as the building process does it, then loaded."""
-    parsed = ort_genai.OrtGenaiSettings.model_validate({"threads": 1, **settings})
-    made_from = {name: settings.get(name) for name in ort_genai.BUILT_FROM}
-    files = home / "-".join(["files", *map(str, made_from.values())])
-    if not files.exists():
-        files.mkdir(parents=True)
-        (files / FACTS).write_text(json.dumps(ort_genai.build(folder, files, silent, parsed)))
-    runtime = ort_genai.create(parsed, files)
-    runtime.prepare(folder)
-    runtime.load()
-    return runtime
-
-
-def expected(folder: Path, tokens_BP: np.ndarray) -> np.ndarray:
-    model = open_model(ModelRef(str(folder), dtype="float32")).model
-    with torch.inference_mode():
-        logits: np.ndarray = model(input_ids=torch.from_numpy(tokens_BP)).logits[:, -1].numpy()
-    return logits
+opened = partial(graphs.opened, ort_genai)
 
 
 @pytest.mark.parametrize("family", ["smollm", "qwen3"])
@@ -77,15 +59,7 @@ def test_its_logits_are_the_models_over_batches_of_prompts_and_forced_tokens(fam
     [(4, "affine"), pytest.param(8, "symmetric", marks=(pytest.mark.slow, pytest.mark.rotating))],
 )
 def test_stored_integer_weights_stay_packed_and_are_the_artifacts(bits: int, scheme: str, tmp_path: Path):
-    from core.catalog.store import Catalog
-    from core.loop import make_variant
-    from core.recipe import Recipe
-
-    folder = tiny_folder("llama", tmp_path / "model")
-    catalog = Catalog(f"sqlite:///{tmp_path}/catalog.db")
-    recipe = Recipe.parse({"steps": [{"method": "rtn", "settings": {"bits": bits, "scheme": scheme}}]})
-    variant = make_variant(catalog, str(folder), recipe).variant
-    stored = catalog.variant_folder(variant.id)
+    stored = rounded_variant(tmp_path, bits=bits, scheme=scheme)
     runtime = opened(stored, tmp_path)
     made = runtime._made
     assert (

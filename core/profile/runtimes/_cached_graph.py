@@ -5,17 +5,13 @@ Legend: ``B`` sequences, ``P`` tokens read now, ``C`` tokens in the cache, ``H``
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from core.errors import CannotMeasure
 from core.lazy import torch, transformers
 from core.models.loaded import LoadedModel
-from core.models.quiet import quiet
+from core.models.quiet import quiet, without_chatter
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ def cached_graph(loaded: LoadedModel, *, runtime: str) -> CachedGraph:
     pair = ({0: free, 2: free}, {0: free, 2: free})
     shapes = {"input_ids": {0: free, 1: free}, "past": [pair] * len(past)}
     try:
-        with quiet(), _without_chatter(), torch.no_grad():
+        with quiet(), without_chatter(), torch.no_grad():
             program = torch.export.export(
                 _step_class()(loaded.model), (ids_BP, past), dynamic_shapes=shapes, strict=False
             )
@@ -90,15 +86,3 @@ def _step_class() -> Any:
             return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
 
     return Step
-
-
-@contextmanager
-def _without_chatter() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

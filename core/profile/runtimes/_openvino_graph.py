@@ -18,6 +18,7 @@ from core.libraries import without_telemetry
 from core.models.loaded import LoadedModel
 from core.models.open import open_model
 from core.profile.runtimes._cached_graph import CachedGraph, cached_graph
+from core.profile.runtimes._graph_facts import graph_facts
 from core.profile.runtimes._own_grid import OwnGrid, key_of, own_grids
 from core.types import ModelRef, Progress, part_of
 
@@ -30,12 +31,7 @@ def write(
     """Write the graph of the artifact in ``folder`` to ``target``; what was made, as plain data."""
     without_telemetry()
     loaded = open_model(ModelRef(str(folder), dtype="float32"), progress=part_of(progress, 0.0, 0.1))
-    facts: dict[str, Any] = {
-        "family": loaded.family,
-        "vocab_size": getattr(loaded.model.config.get_text_config(), "vocab_size", None),
-        "context_length": getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None),
-        "image_shape": _image_shape(loaded),
-    }
+    facts = graph_facts(loaded)
     if loaded.family != "decoder":
         facts |= _exported(loaded, target, part_of(progress, 0.1, 1.0), weights)
     else:
@@ -220,11 +216,3 @@ def _packed(codes: np.ndarray, narrow: bool, offset: int, kept: list[np.ndarray]
         array, openvino.Shape(list(codes.shape)), openvino.Type.u4 if offset else openvino.Type.i4
     )
     return op.constant(tensor)
-
-
-def _image_shape(loaded: LoadedModel) -> list[int] | None:
-    if loaded.family != "vision":
-        return None
-    size = loaded.model.config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return [int(loaded.model.config.num_channels), int(height), int(width)]

@@ -20,6 +20,7 @@ from core.libraries import without_telemetry
 from core.profile.built import facts_of
 from core.profile.measured import Facts
 from core.profile.runtimes._base import Clock, Prepared, ProfileSettings, WallClock
+from core.profile.runtimes._graph_facts import graph_facts, prepared
 from core.profile.runtimes._onnx_decoder import PAST, PRESENT, decoder_graph, plain_products, with_room
 from core.profile.runtimes._onnx_file import QUANTIZED, Activations, bytes_of, described, set_activations
 from core.profile.runtimes._onnx_own_grid import on_own_grid
@@ -84,12 +85,7 @@ def build(folder: Path, target: Path, progress: Progress, settings: OnnxRuntimeS
         ModelRef(str(folder.resolve()), dtype="float32"), progress=part_of(progress, 0.0, 0.1)
     )
     asked = onnx_settings(EXPORTED[settings.weights], settings.block_size)
-    facts: dict[str, Any] = {
-        "family": loaded.family,
-        "vocab_size": getattr(loaded.model.config.get_text_config(), "vocab_size", None),
-        "context_length": getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None),
-        "image_shape": _image_shape(loaded),
-    }
+    facts = graph_facts(loaded)
     if loaded.family == "decoder":
         facts |= _decoder(loaded, target, part_of(progress, 0.1, 1.0), settings, asked)
     else:
@@ -130,13 +126,7 @@ class OnnxRuntime:
 
         self._library = onnxruntime
         onnxruntime.disable_telemetry_events()
-        shape = self._made["image_shape"]
-        return Prepared(
-            self._made["family"],
-            self._made["vocab_size"],
-            None if shape else self._made["context_length"],
-            (shape[0], shape[1], shape[2]) if shape else None,
-        )
+        return prepared(self._made)
 
     def load(self) -> None:
         """Read the graph, let the library optimise it and repack its weights, and make the cache."""
@@ -285,11 +275,3 @@ def _decoder(
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=target) as scratch:
         written_onnx(graph, Path(scratch), target, asked)
     return facts
-
-
-def _image_shape(loaded: Any) -> list[int] | None:
-    if loaded.family != "vision":
-        return None
-    from core.models.patch_grid import image_size
-
-    return [int(loaded.model.config.num_channels), *map(int, image_size(loaded.model.config))]

@@ -18,6 +18,7 @@ from core.libraries import without_telemetry
 from core.profile.built import facts_of
 from core.profile.measured import Facts
 from core.profile.runtimes._base import Clock, Prepared, ProfileSettings, WallClock
+from core.profile.runtimes._graph_facts import prepared
 from core.profile.runtimes._openvino_graph import GRAPH, write
 from core.profile.session import profile_artifact
 from core.registry import method
@@ -103,13 +104,7 @@ class OpenVino:
             raise CannotMeasure(
                 "this processor has no bfloat16 products (AVX-512 BF16 or AMX); set precision=float32"
             )
-        shape = self._made["image_shape"]
-        return Prepared(
-            self._made["family"],
-            self._made["vocab_size"],
-            None if shape else self._made["context_length"],
-            (shape[0], shape[1], shape[2]) if shape else None,
-        )
+        return prepared(self._made)
 
     def load(self) -> None:
         """Read the graph and compile it."""
